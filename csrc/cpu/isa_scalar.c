@@ -1,0 +1,103 @@
+/*
+ * isa_scalar.c: the words in plain C. The reference for every other instruction set, and what runs where none of them
+ * is present. fmaf is a library call on a CPU without FMA; correct, and slow.
+ */
+#include "cpu/target.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct vf {
+    float lane[16];
+} vf;
+typedef struct vi {
+    int32_t lane[16];
+} vi;
+
+/* One lane-wise word: `expr` in terms of i. */
+#define EACH_LANE(result, expr)                                                                                        \
+    result r;                                                                                                          \
+    for (int i = 0; i < 16; i++) {                                                                                     \
+        r.lane[i] = (expr);                                                                                            \
+    }                                                                                                                  \
+    return r
+
+static inline vf v_set(float x) { EACH_LANE(vf, x); }
+static inline vf v_zero(void) { return v_set(0.0f); }
+static inline vf v_load(const float *p) { EACH_LANE(vf, p[i]); }
+static inline vf v_load_n(const float *p, int64_t n) { EACH_LANE(vf, i < n ? p[i] : 0.0f); }
+static inline void v_store(float *p, vf v) { memcpy(p, v.lane, sizeof v.lane); }
+static inline void v_store_n(float *p, vf v, int64_t n) { memcpy(p, v.lane, (size_t)n * sizeof(float)); }
+static inline vf v_add(vf a, vf b) { EACH_LANE(vf, a.lane[i] + b.lane[i]); }
+static inline vf v_sub(vf a, vf b) { EACH_LANE(vf, a.lane[i] - b.lane[i]); }
+static inline vf v_mul(vf a, vf b) { EACH_LANE(vf, a.lane[i] * b.lane[i]); }
+static inline vf v_div(vf a, vf b) { EACH_LANE(vf, a.lane[i] / b.lane[i]); }
+static inline vf v_sqrt(vf a) { EACH_LANE(vf, sqrtf(a.lane[i])); }
+static inline vf v_fma(vf a, vf b, vf c) { EACH_LANE(vf, fmaf(a.lane[i], b.lane[i], c.lane[i])); }
+static inline vf v_max(vf a, vf b) { EACH_LANE(vf, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+static inline vf v_min(vf a, vf b) { EACH_LANE(vf, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+static inline vf v_rint(vf a) { EACH_LANE(vf, rintf(a.lane[i])); }
+static inline vf v_abs(vf a) { EACH_LANE(vf, fabsf(a.lane[i])); }
+static inline vf v_if_gt(vf a, vf b, vf x, vf y) { EACH_LANE(vf, a.lane[i] > b.lane[i] ? x.lane[i] : y.lane[i]); }
+static inline vi v_to_int(vf a) { EACH_LANE(vi, (int32_t)a.lane[i]); }
+static inline vf v_to_float(vi a) { EACH_LANE(vf, (float)a.lane[i]); }
+static inline vf v_pow2(vi n) {
+    vf r;
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits = (uint32_t)(n.lane[i] + 127) << 23;
+        memcpy(&r.lane[i], &bits, sizeof bits);
+    }
+    return r;
+}
+static inline float v_sum(vf v) {
+    for (int half = 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            v.lane[i] += v.lane[i + half];
+        }
+    }
+    return v.lane[0];
+}
+static inline float v_max_all(vf v) {
+    float m = v.lane[0];
+    for (int i = 1; i < 16; i++) {
+        m = v.lane[i] > m ? v.lane[i] : m;
+    }
+    return m;
+}
+
+static inline vf v_load_i8(const int8_t *p) { EACH_LANE(vf, (float)p[i]); }
+static inline void v_store_i8(int8_t *p, vf v) {
+    for (int i = 0; i < 16; i++) {
+        p[i] = (int8_t)v.lane[i];
+    }
+}
+static inline void v_transpose(vf r[16]) {
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < i; j++) {
+            float upper = r[j].lane[i];
+            r[j].lane[i] = r[i].lane[j];
+            r[i].lane[j] = upper;
+        }
+    }
+}
+
+static inline vi w_set(int32_t x) { EACH_LANE(vi, x); }
+static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
+    int8_t q[4];
+    memcpy(q, &quad, sizeof q);
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < 4; j++) {
+            acc.lane[i] += (int32_t)codes[4 * i + j] * q[j];
+        }
+    }
+    return acc;
+}
+
+#define GEMM_MR 4
+#define GEMM_NV 1
+#define DOT_MR 4
+#define DOT_NV 1
+#define BN_ISA scalar
+#define BN_ISA_NAME "scalar"
+#include "cpu/kernels.inc"

@@ -1,0 +1,18 @@
+/* target.h: opens and closes a region compiled for more than the baseline, with gcc and clang alike, so no file needs
+ * compiler flags of its own and plain setuptools can build the extension. */
+#ifndef BN_CPU_TARGET_H
+#define BN_CPU_TARGET_H
+
+#define BN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BN_TARGET_BEGIN(features)                                                                                      \
+    BN_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BN_TARGET_END _Pragma("clang attribute pop")
+#define BN_UNROLL _Pragma("unroll")
+#else
+#define BN_TARGET_BEGIN(features) _Pragma("GCC push_options") BN_PRAGMA(GCC target(features))
+#define BN_TARGET_END _Pragma("GCC pop_options")
+#define BN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#endif

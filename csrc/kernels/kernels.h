@@ -1,0 +1,405 @@
+/*
+ * kernels.h: what every kernel computes, on any device: one plain argument struct each, and the table generated
+ * from kernels.def.
+ *
+ * A kernel is given the half-open range [begin, end) of its *units* (named at each struct) and owns the outputs
+ * of those units: no locks, no atomics, and every sum is split by fixed blocks, so the thread count cannot change
+ * a bit. All arrays are dense row-major and 64-byte aligned unless a stride is given. `scratch` is BN_SCRATCH_BYTES
+ * of memory private to the calling thread, contents undefined (CUDA passes NULL).
+ *
+ * The order of floating-point operations is part of each contract (the words of cpu/kernels.inc): LANES means sixteen
+ * partial results, element i into lane i mod 16, joined by one fixed tree; SEQUENTIAL means one fused multiply-add
+ * after another in index order, starting at zero (or at the value already in the output where `accumulate` is set).
+ *
+ * Letters: B batch, T time, C channels, H query heads, KV key/value heads, D head dimension, V vocabulary.
+ */
+#ifndef BN_KERNELS_KERNELS_H
+#define BN_KERNELS_KERNELS_H
+
+#include "base/common.h"
+#include "base/dtype.h"
+#include "base/parallel.h" /* BN_SCRATCH_BYTES */
+
+BN_EXTERN_C_BEGIN
+
+/* Elements in a unit of a whole-array kernel: 16 KiB of f32, so three operands of one block fit a 48 KiB L1. */
+#define BN_BLOCK 4096
+/* Columns in a unit of a kernel that walks down a matrix: two cache lines of f32. */
+#define BN_COLUMNS 32
+/* Keys in one step of the streaming softmax; part of the numeric contract of attention. */
+#define BN_ATTENTION_KEYS 64
+/* Query rows in a unit of attention_forward; not part of the numeric contract. */
+#define BN_ATTENTION_QUERIES 64
+/* Rows (output features) in a panel of prepared ternary weights, and bytes of K in one integer dot step. */
+#define BN_PANEL_ROWS 16
+#define BN_PANEL_DEPTH 4
+/* int8 rows are padded with zeros to a multiple of this many bytes. */
+#define BN_QUANT_PAD 64
+/* A target with this value takes no part in the loss (the convention of PyTorch and transformers). */
+#define BN_IGNORE_INDEX (-100)
+
+/* ---- whole-array arithmetic: units are blocks of BN_BLOCK elements ------------------------------------------ */
+
+/* dst = (dst_dtype) src. f32 -> bf16 rounds to nearest even, NaN stays NaN; i8, i32 -> f32; bf16 -> f32 is exact;
+ * ternary2 -> f32 or i8 gives codes -1, 0, 1. Other pairs are refused by the op. */
+typedef struct convert_args {
+    const void *src;
+    void *dst;
+    int64_t n;
+    bn_dtype src_dtype, dst_dtype;
+} convert_args;
+
+/* out = fma(alpha, a, beta * b) with b optional: out = alpha * a when b is NULL. With `bias_n` > 0, b has bias_n
+ * elements and is repeated (b[i mod bias_n]). out may be a or b. */
+typedef struct axpby_args {
+    const float *a, *b;
+    float *out;
+    int64_t n, bias_n;
+    float alpha, beta;
+} axpby_args;
+
+/* out[i] = (accumulate ? out[i] : 0) + factor * value[0]. */
+typedef struct fill_from_args {
+    const float *value;
+    float *out;
+    int64_t n;
+    float factor;
+    bool accumulate;
+} fill_from_args;
+
+/* out = value[0] * x, or fma(value[0], x, out). */
+typedef struct scale_from_args {
+    const float *value, *x;
+    float *out;
+    int64_t n;
+    bool accumulate;
+} scale_from_args;
+
+/* y = a * b. */
+typedef struct mul_forward_args {
+    const float *a, *b;
+    float *y;
+    int64_t n;
+} mul_forward_args;
+
+/* da (+)= dy * b, db (+)= dy * a, accumulating by fma(dy, b, da); da or db may be NULL. da and db never alias: for a
+ * square the op makes two launches. */
+typedef struct mul_backward_args {
+    const float *dy, *a, *b;
+    float *da, *db;
+    int64_t n;
+    bool accumulate_a, accumulate_b;
+} mul_backward_args;
+
+/* y[b, j, i] (+)= x[b, i, j]. Units: batch * rows of x in bands of 16 rows: unit u is band u mod bands of matrix
+ * u / bands, with bands = ceil(rows / 16). */
+typedef struct transpose_args {
+    const float *x;
+    float *y;
+    int64_t batch, rows, cols;
+    bool accumulate;
+} transpose_args;
+
+typedef enum bn_reduce { BN_REDUCE_SUM, BN_REDUCE_SQUARES, BN_REDUCE_ABS } bn_reduce;
+
+/* partial[u] = LANES sum of x, x * x (fused) or |x| over block u, widened to double at the end. */
+typedef struct reduce_blocks_args {
+    const float *x;
+    double *partial;
+    int64_t n;
+    bn_reduce kind;
+} reduce_blocks_args;
+
+/* out[0] = max(minimum, (float)(sum of partial[0..count) in index order * factor * (factor_ptr ? *factor_ptr : 1))).
+ * One unit. Doubles, so a mean over any model is exact to far below one f32 ulp. A NaN sum stays NaN. */
+typedef struct reduce_finish_args {
+    const double *partial;
+    const float *factor_ptr;
+    float *out;
+    int64_t count;
+    double factor;
+    float minimum;
+} reduce_finish_args;
+
+/* out[c] (+)= sum over rows of x[r, c], SEQUENTIAL in r (adds). Units: bands of BN_COLUMNS columns. */
+typedef struct column_sum_args {
+    const float *x;
+    float *out;
+    int64_t rows, cols;
+    bool accumulate;
+} column_sum_args;
+
+/* y = exp(x - max) / sum over the last dimension; LANES sum. Units: rows. */
+typedef struct softmax_forward_args {
+    const float *x;
+    float *y;
+    int64_t rows, cols;
+} softmax_forward_args;
+
+/* dx (+)= y * (dy - LANES sum of dy * y). Units: rows. */
+typedef struct softmax_backward_args {
+    const float *dy, *y;
+    float *dx;
+    int64_t rows, cols;
+    bool accumulate;
+} softmax_backward_args;
+
+/* ---- indices ------------------------------------------------------------------------------------------------ */
+
+/* The first illegal index a launch met; row < 0 means none. Read by the op after the launch. */
+typedef struct bn_fault {
+    int64_t row, value;
+} bn_fault;
+
+/* Finds the first i with index[i] + offset outside [0, limit), values equal to `ignore` exempt if `has_ignore`. One
+ * unit. */
+typedef struct index_check_args {
+    const int32_t *index;
+    bn_fault *fault;
+    int64_t n, limit, offset;
+    int32_t ignore;
+    bool has_ignore;
+} index_check_args;
+
+/* y[r, :] = table[index[r], :]. Units: rows of y. */
+typedef struct embedding_forward_args {
+    const int32_t *index;
+    const float *table;
+    float *y;
+    int64_t rows, C, V;
+} embedding_forward_args;
+
+/* dtable[index[r], :] += dy[r, :], SEQUENTIAL in r. Units: bands of BN_COLUMNS columns. Without `accumulate` the
+ * band is cleared first. */
+typedef struct embedding_backward_args {
+    const int32_t *index;
+    const float *dy;
+    float *dtable;
+    int64_t rows, C, V;
+    bool accumulate;
+} embedding_backward_args;
+
+/* ---- matrix products ---------------------------------------------------------------------------------------- */
+
+/* One factor of a product: element (i, j) is data[i * row_stride + j * col_stride] (one of the strides is 1), f32 or
+ * i8, times scale[0] if given, times depth_scale[k] if given, k being the summed index. Each factor is rounded to f32
+ * once before the product. */
+typedef struct gemm_operand {
+    const void *data;
+    const float *scale, *depth_scale;
+    int64_t row_stride, col_stride;
+    bn_dtype dtype;
+} gemm_operand;
+
+/* c[i, j] (+)= sum over p of a[i, p] * b[p, j], SEQUENTIAL in p, whatever the blocking: partial sums may rest in c
+ * between blocks of p because storing f32 loses nothing. a is (m, k), b is (k, n), c is (m, n) with row stride ldc.
+ * Units: tiles of tile_m x tile_n of c, row-major over the grid of tiles. k may be 0 (c becomes 0 or stays). */
+typedef struct gemm_args {
+    gemm_operand a, b;
+    float *c;
+    int64_t m, n, k, ldc;
+    int64_t tile_m, tile_n;
+    bool accumulate;
+} gemm_args;
+
+/* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
+ * Writes codes (rows, cols) i8 and `panels`, the same codes plus one as u8 laid out for integer dot products:
+ * panels[(r/16)][(c/4)][r%16][c%4], r and c padded to multiples of 16 and BN_QUANT_PAD with code byte 0.
+ * tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes that differ from those found in `codes`
+ * on entry. Units: groups of BN_PANEL_ROWS rows. */
+typedef struct ternarize_args {
+    const float *w, *scale;
+    int8_t *codes;
+    uint8_t *panels;
+    int32_t *tally;
+    int64_t rows, cols;
+} ternarize_args;
+
+/* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
+ * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. q rows are q_stride bytes apart, padding zeroed.
+ * If any element is NaN or infinite, act_scale is NaN and q is 0 for that row. Units: rows. */
+typedef struct quantize_rows_args {
+    const float *x;
+    int8_t *q;
+    float *act_scale;
+    int32_t *row_sum;
+    int64_t rows, cols, q_stride;
+} quantize_rows_args;
+
+/* y[i, j] = (float)(sum over p of q[i, p] * code[j, p]) * (act_scale[i] * weight_scale[0]); the integer sum is
+ * (sum of q * panel byte) - row_sum[i] in int32, exact for every cols < 2^23. Units: tiles of tile_m x tile_n of y,
+ * row-major; tile_n is a multiple of BN_PANEL_ROWS. */
+typedef struct bitlinear_forward_args {
+    const int8_t *q;
+    const float *act_scale;
+    const int32_t *row_sum;
+    const uint8_t *panels;
+    const float *weight_scale;
+    float *y;
+    int64_t m, n, k, q_stride;
+    int64_t tile_m, tile_n;
+} bitlinear_forward_args;
+
+/* ---- the transformer block ---------------------------------------------------------------------------------- */
+
+/* rstd = 1 / sqrt(LANES sum of x*x / C + eps); y = (x * rstd) * gain, gain optional. Units: rows. */
+typedef struct rmsnorm_forward_args {
+    const float *x, *gain;
+    float *y, *rstd;
+    int64_t rows, C;
+    float eps;
+} rmsnorm_forward_args;
+
+/* With g = dy * gain: dx (+)= rstd * (g - x * (rstd^2 * LANES sum of g*x / C)). Units: rows. */
+typedef struct rmsnorm_backward_args {
+    const float *dy, *x, *gain, *rstd;
+    float *dx;
+    int64_t rows, C;
+    bool accumulate;
+} rmsnorm_backward_args;
+
+/* dgain[c] (+)= sum over r of dy[r, c] * (x[r, c] * rstd[r]), SEQUENTIAL. Units: bands of BN_COLUMNS columns. */
+typedef struct rmsnorm_backward_gain_args {
+    const float *dy, *x, *rstd;
+    float *dgain;
+    int64_t rows, C;
+    bool accumulate;
+} rmsnorm_backward_gain_args;
+
+/* Rotates pairs (j, j + D/2) of every head: y1 (+)= x1*cos - x2*sin, y2 (+)= x2*cos + x1*sin, each as
+ * fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin); `inverse` negates sin (the derivative). Row (b, t) uses
+ * position start[b] + t, start NULL meaning 0. cos, sin: (positions, D/2). Units: rows (b, t) of (B, T, heads, D). */
+typedef struct rope_args {
+    const float *x, *cos, *sin;
+    const int32_t *start;
+    float *y;
+    int64_t B, T, heads, D;
+    bool inverse, accumulate;
+} rope_args;
+
+/* cache[b, start[b] + t, :] = x[b, t, :]. Units: rows (b, t). */
+typedef struct cache_write_args {
+    const float *x;
+    const int32_t *start;
+    float *cache;
+    int64_t B, T, C, capacity;
+} cache_write_args;
+
+/* Causal grouped-query attention. q: (B, T, H, D); k, v: (B, S, KV, D); head h reads key/value head h / (H/KV).
+ * Query t of sequence b sits at position start[b] + t (start NULL: 0) and sees keys 0 .. that position, in blocks of
+ * BN_ATTENTION_KEYS counted from key 0. For each block, in order:
+ *   s_j = scale * (SEQUENTIAL over D of q_d * k_jd)        m' = max(m, max_j s_j)
+ *   p_j = exp(s_j - m')    c = exp(m - m')    l = fma(l, c, LANES sum of p_j over the block; unseen lanes are 0)
+ *   o_d = SEQUENTIAL over the block's j of p_j * v_jd, starting at o_d * c
+ * and at the end out = o * (1 / l). Saves stats[b, h, t] = {m, 1 / l} for the backward pass (stats may be NULL).
+ * T x T is never stored. Units: (b, h, block of BN_ATTENTION_QUERIES queries), the last fastest. */
+typedef struct attention_forward_args {
+    const float *q, *k, *v;
+    const int32_t *start;
+    float *out, *stats;
+    int64_t B, T, S, H, KV, D;
+    float scale;
+} attention_forward_args;
+
+/* Gradients for start = NULL and S == T: p_tj = exp(s_tj - m_t) * (1/l_t); delta_t = LANES sum over D of dout * out;
+ * dv_j += p_tj * dout_t;  ds_tj = p_tj * (dout_t . v_j - delta_t) * scale;  dq_t += ds_tj * k_j;  dk_j += ds_tj * q_t.
+ * Dot products over D and all sums over t or j are SEQUENTIAL in index order (dk, dv: over the group's heads in
+ * order, then t; dq: over j). Units: (b, key/value head), the latter fastest; a unit owns dk, dv of that head and dq of
+ * its H/KV query heads. Each of dq, dk, dv is written or, with its flag, added to. */
+typedef struct attention_backward_args {
+    const float *q, *k, *v, *out, *dout, *stats;
+    float *dq, *dk, *dv;
+    int64_t B, T, H, KV, D;
+    float scale;
+    bool accumulate_q, accumulate_k, accumulate_v;
+} attention_backward_args;
+
+/* y = gate * sigmoid(gate) * up. Units: blocks. */
+typedef struct swiglu_forward_args {
+    const float *gate, *up;
+    float *y;
+    int64_t n;
+} swiglu_forward_args;
+
+typedef struct swiglu_backward_args {
+    const float *dy, *gate, *up;
+    float *dgate, *dup;
+    int64_t n;
+    bool accumulate_gate, accumulate_up;
+} swiglu_backward_args;
+
+/* y = relu(gate)^2 * up. Units: blocks. */
+typedef struct relu2_forward_args {
+    const float *gate, *up;
+    float *y;
+    int64_t n;
+} relu2_forward_args;
+
+typedef struct relu2_backward_args {
+    const float *dy, *gate, *up;
+    float *dgate, *dup;
+    int64_t n;
+    bool accumulate_gate, accumulate_up;
+} relu2_backward_args;
+
+/* ---- loss and optimizer ------------------------------------------------------------------------------------- */
+
+/* weight[0] = 1 / max(1, number of targets that are not BN_IGNORE_INDEX). One unit. */
+typedef struct target_weight_args {
+    const int32_t *targets;
+    float *weight;
+    int64_t n;
+} target_weight_args;
+
+/* Per row of logits (rows, V): loss = (max + log(sum exp(x - max))) - x[target], 0 for an ignored target. LANES sum;
+ * the logarithm in double. With `gradient`, the row is overwritten by (softmax - onehot(target)) * weight[0], or by
+ * zeros if ignored. Units: rows. */
+typedef struct cross_entropy_args {
+    float *logits;
+    const int32_t *targets;
+    const float *weight;
+    float *loss;
+    int64_t rows, V;
+    bool gradient;
+} cross_entropy_args;
+
+/* norm[0] = sqrt(sum of partial); factor[0] = min(1, max_norm / (norm + 1e-6)), or 1 if max_norm <= 0. One unit. */
+typedef struct clip_factor_args {
+    const double *partial;
+    float *norm, *factor;
+    int64_t count;
+    float max_norm;
+} clip_factor_args;
+
+/* Decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), one pass over flat buffers:
+ *   g = grad * factor[0];  m = fma(beta1, m, (1-beta1)*g);  v = fma(beta2, v, ((1-beta2)*g)*g)
+ *   p = p - lr * (weight_decay * p) - (lr / correction1) * m / (sqrt(v / correction2) + eps)
+ * weight_decay holds for elements [0, decay_end), 0 after. Units: blocks (decay_end need not be a block boundary). */
+typedef struct adamw_args {
+    float *param;
+    const float *grad;
+    float *m, *v;
+    const float *factor;
+    int64_t n, decay_end;
+    float lr, beta1, beta2, eps, weight_decay, correction1, correction2;
+} adamw_args;
+
+/* ---- the table ---------------------------------------------------------------------------------------------- */
+
+typedef enum bn_kernel_id {
+#define KERNEL(name) BN_KERNEL_##name,
+#include "kernels/kernels.def"
+#undef KERNEL
+    BN_KERNEL_COUNT
+} bn_kernel_id;
+
+/* One instruction set's kernels; an empty entry leaves the one of the set below. */
+typedef struct bn_kernel_table {
+    const char *isa;
+#define KERNEL(name) void (*name)(const name##_args *a, int64_t begin, int64_t end, void *scratch);
+#include "kernels/kernels.def"
+#undef KERNEL
+} bn_kernel_table;
+
+BN_EXTERN_C_END
+#endif

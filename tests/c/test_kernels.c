@@ -1,0 +1,549 @@
+/*
+ * test_kernels.c: every kernel of kernels.def, on every instruction set this CPU can run, gives the bits that the
+ * scalar set gives, whole or one unit at a time in reverse, and writes nothing outside its outputs.
+ *
+ * Prints one line per kernel, its name and a hash of all scalar outputs: the text is the same on every machine, so the
+ * output of an x86 build and of an ARM build can be compared with diff. Inputs come from an integer generator; NaNs are
+ * compared as NaNs, because machines make different ones.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+
+/* ---- memory for one run of one kernel's cases: inputs, and outputs between guards ------------------------------- */
+
+enum { ROOM = 24 << 20, GUARD = 64, MOST_OUTPUTS = 4096 };
+
+static _Alignas(64) unsigned char room[ROOM], scratch[BN_SCRATCH_BYTES];
+static size_t room_used;
+static uint32_t seed;
+static struct {
+    unsigned char *data;
+    size_t bytes;
+    bool is_float;
+} outputs[MOST_OUTPUTS];
+static int output_count;
+
+static void need(bool condition, const char *sentence) {
+    if (!condition) {
+        fprintf(stderr, "test_kernels: %s\n", sentence);
+        exit(1);
+    }
+}
+
+/* 64-byte aligned, with guard bytes on both sides. 0xFF is NaN as a float: an input read too far shows in the sum. */
+static void *take(size_t bytes, int guard) {
+    const size_t rounded = (bytes + 2 * GUARD + BN_ALIGN - 1) / BN_ALIGN * BN_ALIGN;
+    unsigned char *data = room + room_used + GUARD;
+    need(room_used + rounded <= ROOM, "the cases of one kernel need more room");
+    memset(room + room_used, guard, rounded);
+    room_used += rounded;
+    return data;
+}
+
+static void *register_output(size_t bytes, bool is_float) {
+    void *data = take(bytes, 0xA5);
+    need(output_count < MOST_OUTPUTS, "the cases of one kernel have too many outputs");
+    outputs[output_count].data = data;
+    outputs[output_count].bytes = bytes;
+    outputs[output_count++].is_float = is_float;
+    return data;
+}
+
+/* Marsaglia's xorshift, the high bits of it. */
+static uint32_t draw(uint32_t limit) {
+    seed ^= seed << 13;
+    seed ^= seed >> 17;
+    seed ^= seed << 5;
+    return (seed >> 8) % limit;
+}
+
+static void fill_reals(float *p, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = (float)((int32_t)draw(1u << 24) - (1 << 23)) * 0x1p-22f; /* exact, in [-2, 2) */
+    }
+}
+
+static size_t size_of(int64_t n, size_t item) { return (size_t)n * item; }
+
+static float *reals(int64_t n) {
+    float *p = take(size_of(n, sizeof *p), 0xFF);
+    fill_reals(p, n);
+    return p;
+}
+/* Reals with zeros, infinities, a NaN, a subnormal and the neighbourhood of exp's bounds among them. */
+static float *wild(int64_t n) {
+    static const float odd[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-40f, -87.4f, 88.8f, 3e38f, -1e-30f, 0.5f};
+    float *p = reals(n);
+    for (int64_t i = 3; i < n; i += 1 + draw(9)) {
+        p[i] = odd[draw(sizeof odd / sizeof *odd)];
+    }
+    return p;
+}
+static float *positive(int64_t n) {
+    float *p = reals(n);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = fabsf(p[i]) + 0x1p-6f;
+    }
+    return p;
+}
+static double *doubles(int64_t n) {
+    double *p = take(size_of(n, sizeof *p), 0xFF);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = (double)draw(1u << 24) * 0x1p-20 + (double)draw(1u << 24) * 0x1p-44;
+    }
+    return p;
+}
+static int32_t *indices(int64_t n, uint32_t limit) {
+    int32_t *p = take(size_of(n, sizeof *p), 0xFF);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = (int32_t)draw(limit);
+    }
+    return p;
+}
+/* Integers in [low, low + span). */
+static int8_t *small(int64_t n, int low, uint32_t span) {
+    int8_t *p = take(size_of(n, 1), 0x7F);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = (int8_t)(low + (int)draw(span));
+    }
+    return p;
+}
+
+/* Outputs begin with contents of their own, so that accumulating and overwriting differ. */
+static float *result(int64_t n) {
+    float *p = register_output(size_of(n, sizeof *p), true);
+    fill_reals(p, n);
+    return p;
+}
+static void *result_bytes(int64_t n, size_t item, int low, uint32_t span) {
+    int8_t *p = register_output(size_of(n, item), false);
+    for (size_t i = 0; i < size_of(n, item); i++) {
+        p[i] = (int8_t)(low + (int)draw(span));
+    }
+    return p;
+}
+
+/* ---- launching ----------------------------------------------------------------------------------------------- */
+
+static const bn_kernel_table *table;
+static bool singly;
+
+/* Runs a kernel on all its units. The initializers draw their numbers in the order written, with gcc and clang alike.
+ */
+#define LAUNCH(name, units, ...)                                                                                       \
+    do {                                                                                                               \
+        const name##_args launch_args = {__VA_ARGS__};                                                                 \
+        const int64_t launch_units = (units);                                                                          \
+        memset(scratch, 0xFF, sizeof scratch);                                                                         \
+        for (int64_t u = launch_units; singly && u-- > 0;) {                                                           \
+            table->name(&launch_args, u, u + 1, scratch);                                                              \
+        }                                                                                                              \
+        if (!singly) {                                                                                                 \
+            table->name(&launch_args, 0, launch_units, scratch);                                                       \
+        }                                                                                                              \
+    } while (0)
+
+/* FOR_EACH(n, 0, 1, 17) { ... }: the body once for each value of n. */
+#define FOR_EACH(n, ...)                                                                                               \
+    for (const int64_t n##_list[] = {__VA_ARGS__}, *n##_at = n##_list;                                                 \
+         n##_at < n##_list + sizeof n##_list / sizeof *n##_list; n##_at++)                                             \
+        for (int64_t n = *n##_at, n##_once = 1; n##_once; n##_once = 0)
+#define FOR_EACH_SIZE(n) FOR_EACH(n, 0, 1, 15, 16, 17, 33, BN_BLOCK - 1, BN_BLOCK + 17)
+#define FOR_EACH_WIDTH(C) FOR_EACH(C, 1, 2, 15, 16, 17, 31, 33, 80)
+
+static int64_t blocks(int64_t n) { return bn_ceil_div(n, BN_BLOCK); }
+static int64_t bands(int64_t columns) { return bn_ceil_div(columns, BN_COLUMNS); }
+
+/* ---- whole arrays -------------------------------------------------------------------------------------------- */
+
+static void test_convert(void) {
+    FOR_EACH_SIZE(n) {
+        uint8_t *codes = take(size_of(bn_ceil_div(n, 4), 1), 0xFF);
+        for (int64_t i = 0; i < bn_ceil_div(n, 4); i++) {
+            codes[i] = (uint8_t)(draw(3) | draw(3) << 2 | draw(3) << 4 | draw(3) << 6);
+        }
+        int32_t *halves = indices(n, 1u << 24);
+        LAUNCH(convert, blocks(n), wild(n), result_bytes(n, 2, 0, 256), n, BN_F32, BN_BF16);
+        LAUNCH(convert, blocks(n), halves, result(n), n, BN_BF16, BN_F32);
+        LAUNCH(convert, blocks(n), small(n, -128, 256), result(n), n, BN_I8, BN_F32);
+        LAUNCH(convert, blocks(n), halves, result(n), n, BN_I32, BN_F32);
+        LAUNCH(convert, blocks(n), codes, result(n), n, BN_TERNARY2, BN_F32);
+        LAUNCH(convert, blocks(n), codes, result_bytes(n, 1, 0, 256), n, BN_TERNARY2, BN_I8);
+    }
+}
+
+static void test_axpby(void) {
+    FOR_EACH_SIZE(n) {
+        float *in_place = result(n);
+        LAUNCH(axpby, blocks(n), wild(n), NULL, result(n), n, 0, 1.7f, 0.3f);
+        LAUNCH(axpby, blocks(n), wild(n), reals(n), result(n), n, 0, 1.7f, 0.3f);
+        LAUNCH(axpby, blocks(n), in_place, reals(n), in_place, n, 0, 0.9f, -1.1f);
+        LAUNCH(axpby, blocks(n), reals(n), reals(19), result(n), n, 19, 1.0f, 1.0f);
+    }
+}
+
+static void test_fill_from(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(fill_from, blocks(n), reals(1), result(n), n, 0.37f, accumulate != 0);
+    }
+}
+
+static void test_scale_from(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(scale_from, blocks(n), reals(1), wild(n), result(n), n, accumulate != 0);
+    }
+}
+
+static void test_mul_forward(void) {
+    FOR_EACH_SIZE(n) { LAUNCH(mul_forward, blocks(n), wild(n), reals(n), result(n), n); }
+}
+
+static void test_mul_backward(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(flags, 0, 1, 2, 3) {
+        LAUNCH(mul_backward, blocks(n), wild(n), reals(n), reals(n), flags == 1 ? NULL : result(n),
+               flags == 2 ? NULL : result(n), n, (flags & 1) != 0, (flags & 2) != 0);
+    }
+}
+
+static void test_transpose(void) {
+    FOR_EACH_WIDTH(rows) FOR_EACH(cols, 1, 16, 35) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(transpose, 2 * bn_ceil_div(rows, 16), reals(2 * rows * cols), result(2 * rows * cols), 2, rows, cols,
+               accumulate != 0);
+    }
+}
+
+static void test_reduce_blocks(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(kind, BN_REDUCE_SUM, BN_REDUCE_SQUARES, BN_REDUCE_ABS) {
+        LAUNCH(reduce_blocks, blocks(n), reals(n), result_bytes(blocks(n), sizeof(double), 0, 1), n, (bn_reduce)kind);
+    }
+}
+
+static void test_reduce_finish(void) {
+    FOR_EACH(count, 0, 1, 2, 77) {
+        LAUNCH(reduce_finish, 1, doubles(count), NULL, result(1), count, 1.0 / 3.0, 0.0f);
+        LAUNCH(reduce_finish, 1, doubles(count), reals(1), result(1), count, 1.0 / 7.0, 1e-5f);
+    }
+}
+
+static void test_column_sum(void) {
+    FOR_EACH_WIDTH(cols) FOR_EACH(rows, 0, 1, 21) {
+        LAUNCH(column_sum, bands(cols), reals(rows * cols), result(cols), rows, cols, rows == 21);
+    }
+}
+
+static void test_softmax_forward(void) {
+    FOR_EACH_WIDTH(cols) { LAUNCH(softmax_forward, 3, reals(3 * cols), result(3 * cols), 3, cols); }
+}
+
+static void test_softmax_backward(void) {
+    FOR_EACH_WIDTH(cols) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(softmax_backward, 3, reals(3 * cols), reals(3 * cols), result(3 * cols), 3, cols, accumulate != 0);
+    }
+}
+
+/* ---- indices ------------------------------------------------------------------------------------------------- */
+
+static void test_index_check(void) {
+    FOR_EACH(n, 0, 1, 16, 90) FOR_EACH(limit, 55, 59, 60) FOR_EACH(has_ignore, 0, 1) {
+        LAUNCH(index_check, 1, indices(n, 60), result_bytes(1, sizeof(bn_fault), 0, 1), n, limit, limit == 60, 59,
+               has_ignore != 0);
+    }
+}
+
+static void test_embedding_forward(void) {
+    FOR_EACH_WIDTH(C) { LAUNCH(embedding_forward, 9, indices(9, 5), reals(5 * C), result(9 * C), 9, C, 5); }
+}
+
+static void test_embedding_backward(void) {
+    FOR_EACH_WIDTH(C) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(embedding_backward, bands(C), indices(9, 5), reals(9 * C), result(5 * C), 9, C, 5, accumulate != 0);
+    }
+}
+
+/* ---- matrix products ----------------------------------------------------------------------------------------- */
+
+/* rows x cols of either dtype, stored by rows or by columns with a gap of three between lines. `depth` is the length of
+ * depth_scale, or 0 for none. */
+static gemm_operand operand(int64_t rows, int64_t cols, bool by_rows, bool is_i8, int64_t depth) {
+    const int64_t line = (by_rows ? cols : rows) + 3, n = line * (by_rows ? rows : cols);
+    return (gemm_operand){.data = is_i8 ? (void *)small(n, -1, 3) : (void *)reals(n),
+                          .scale = is_i8 ? reals(1) : NULL,
+                          .depth_scale = depth > 0 ? reals(depth) : NULL,
+                          .row_stride = by_rows ? line : 1,
+                          .col_stride = by_rows ? 1 : line,
+                          .dtype = is_i8 ? BN_I8 : BN_F32};
+}
+
+static void test_gemm(void) {
+    static const int64_t shapes[][5] = {/* m, n, k, tile_m, tile_n */
+                                        {1, 1, 1, 16, 16},   {1, 70, 33, 8, 32},    {13, 17, 0, 16, 16},
+                                        {5, 33, 65, 48, 48}, {29, 40, 300, 12, 32}, {50, 100, 17, 24, 64}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        const int64_t m = shapes[s][0], n = shapes[s][1], k = shapes[s][2], tm = shapes[s][3], tn = shapes[s][4];
+        for (int kind = 0; kind < 16; kind++) {
+            const bool a_rows = kind & 1, b_rows = kind & 2, is_i8 = kind & 4, accumulate = kind & 8;
+            LAUNCH(gemm, bn_ceil_div(m, tm) * bn_ceil_div(n, tn), .a = operand(m, k, a_rows, false, accumulate ? k : 0),
+                   .b = operand(k, n, b_rows, is_i8, 0), .c = result(m * (n + 5)), .m = m, .n = n, .k = k, .ldc = n + 5,
+                   .tile_m = tm, .tile_n = tn, .accumulate = accumulate);
+        }
+        LAUNCH(gemm, 1, .a = operand(m, k, true, true, k), .b = operand(k, n, true, true, k), .c = result(m * n),
+               .m = m, .n = n, .k = k, .ldc = n, .tile_m = m, .tile_n = n);
+    }
+}
+
+static void test_ternarize(void) {
+    FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
+        const int64_t padded = bn_round_up(rows, BN_PANEL_ROWS) * bn_round_up(cols, BN_QUANT_PAD);
+        LAUNCH(ternarize, bn_ceil_div(rows, BN_PANEL_ROWS), cols == 70 ? wild(rows * cols) : reals(rows * cols),
+               positive(1), result_bytes(rows * cols, 1, -1, 3), result_bytes(padded, 1, 0, 256),
+               result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
+    }
+}
+
+static void test_quantize_rows(void) {
+    FOR_EACH(cols, 1, 15, 16, 17, 63, 64, 65) FOR_EACH(kind, 0, 1) {
+        const int64_t stride = bn_round_up(cols, BN_QUANT_PAD);
+        float *x = kind ? wild(5 * cols) : reals(5 * cols);
+        memset(x, 0, size_of(cols, sizeof *x)); /* a row of zeros */
+        LAUNCH(quantize_rows, 5, x, result_bytes(5 * stride, 1, 0, 256), result(5),
+               result_bytes(5, sizeof(int32_t), 0, 256), 5, cols, stride);
+    }
+}
+
+static void test_bitlinear_forward(void) {
+    FOR_EACH(m, 1, 4, 13) FOR_EACH(n, 1, 16, 47, 70) FOR_EACH(k, 1, 64, 150) {
+        const int64_t stride = bn_round_up(k, BN_QUANT_PAD);
+        const uint8_t *panels = (const uint8_t *)small(bn_round_up(n, BN_PANEL_ROWS) * stride, 0, 3);
+        LAUNCH(bitlinear_forward, bn_ceil_div(m, 5) * bn_ceil_div(n, 32), small(m * stride, -128, 256), positive(m),
+               indices(m, 1000), panels, positive(1), result(m * n), m, n, k, stride, 5, 32);
+    }
+}
+
+/* ---- the transformer block ----------------------------------------------------------------------------------- */
+
+static void test_rmsnorm_forward(void) {
+    FOR_EACH_WIDTH(C) FOR_EACH(gain, 0, 1) {
+        LAUNCH(rmsnorm_forward, 3, reals(3 * C), gain ? reals(C) : NULL, result(3 * C), result(3), 3, C, 1e-5f);
+    }
+}
+
+static void test_rmsnorm_backward(void) {
+    FOR_EACH_WIDTH(C) FOR_EACH(gain, 0, 1) {
+        LAUNCH(rmsnorm_backward, 3, reals(3 * C), reals(3 * C), gain ? reals(C) : NULL, positive(3), result(3 * C), 3,
+               C, gain != 0);
+    }
+}
+
+static void test_rmsnorm_backward_gain(void) {
+    FOR_EACH_WIDTH(C) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(rmsnorm_backward_gain, bands(C), reals(11 * C), reals(11 * C), positive(11), result(C), 11, C,
+               accumulate != 0);
+    }
+}
+
+static void test_rope(void) {
+    FOR_EACH(D, 2, 6, 32, 80) FOR_EACH(flags, 0, 1, 2, 3) {
+        const int64_t B = 2, T = 3, heads = 3, n = B * T * heads * D;
+        LAUNCH(rope, B * T, reals(n), reals(9 * D / 2), reals(9 * D / 2), flags ? indices(B, 7) : NULL, result(n), B, T,
+               heads, D, (flags & 1) != 0, (flags & 2) != 0);
+    }
+}
+
+static void test_cache_write(void) {
+    FOR_EACH(T, 1, 3) { LAUNCH(cache_write, 2 * T, reals(2 * T * 17), indices(2, 5), result(2 * 8 * 17), 2, T, 17, 8); }
+}
+
+static void test_attention_forward(void) {
+    static const int64_t heads[][2] = {{1, 1}, {2, 1}, {4, 2}};
+    FOR_EACH(T, 1, 5, 17, 65, 130) FOR_EACH(D, 2, 32, 80) FOR_EACH(i, 0, 1, 2) {
+        const int64_t B = i == 1 ? 2 : 1, H = heads[i][0], KV = heads[i][1], past = i == 1 ? 70 : 0, S = T + past;
+        if (i < 2 || T < 130) {
+            LAUNCH(attention_forward, B * H * bn_ceil_div(T, BN_ATTENTION_QUERIES), reals(B * T * H * D),
+                   reals(B * S * KV * D), reals(B * S * KV * D), past ? indices(B, 71) : NULL, result(B * T * H * D),
+                   i ? result(2 * B * H * T) : NULL, B, T, S, H, KV, D, 0.4f);
+        }
+    }
+}
+
+static void test_attention_backward(void) {
+    FOR_EACH(T, 1, 17, 130) FOR_EACH(D, 2, 32, 80) FOR_EACH(accumulate, 0, 1) {
+        const int64_t B = T < 130 ? 2 : 1, KV = T < 130 ? 2 : 1, H = 2 * KV, q = B * T * H * D, k = B * T * KV * D;
+        float *stats = reals(2 * B * H * T);
+        for (int64_t i = 0; i < B * H * T; i++) {
+            stats[2 * i] += 4.0f; /* a maximum that keeps exp in range, whatever the scores */
+        }
+        LAUNCH(attention_backward, B * KV, reals(q), reals(k), reals(k), reals(q), reals(q), stats, result(q),
+               result(k), result(k), B, T, H, KV, D, 0.2f, accumulate != 0, accumulate != 0, accumulate != 0);
+    }
+}
+
+static void test_swiglu_forward(void) {
+    FOR_EACH_SIZE(n) { LAUNCH(swiglu_forward, blocks(n), wild(n), reals(n), result(n), n); }
+}
+
+static void test_swiglu_backward(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(flags, 0, 1, 2) {
+        LAUNCH(swiglu_backward, blocks(n), reals(n), wild(n), reals(n), result(n), result(n), n, flags == 1,
+               flags == 2);
+    }
+}
+
+static void test_relu2_forward(void) {
+    FOR_EACH_SIZE(n) { LAUNCH(relu2_forward, blocks(n), wild(n), reals(n), result(n), n); }
+}
+
+static void test_relu2_backward(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(flags, 0, 1, 2) {
+        LAUNCH(relu2_backward, blocks(n), reals(n), wild(n), reals(n), result(n), result(n), n, flags == 1, flags == 2);
+    }
+}
+
+/* ---- loss and optimizer -------------------------------------------------------------------------------------- */
+
+static int32_t *targets_with_gaps(int64_t n, int64_t V) {
+    int32_t *targets = indices(n, (uint32_t)V);
+    for (int64_t i = 1; i < n; i += 3) {
+        targets[i] = BN_IGNORE_INDEX;
+    }
+    return targets;
+}
+
+static void test_target_weight(void) {
+    FOR_EACH(n, 0, 1, 2, 50) { LAUNCH(target_weight, 1, targets_with_gaps(n, 9), result(1), n); }
+}
+
+static void test_cross_entropy(void) {
+    FOR_EACH_WIDTH(V) FOR_EACH(gradient, 0, 1) {
+        LAUNCH(cross_entropy, 4, result(4 * V), targets_with_gaps(4, V), positive(1), result(4), 4, V, gradient != 0);
+    }
+}
+
+static void test_clip_factor(void) {
+    FOR_EACH(count, 0, 1, 40) FOR_EACH(max_norm, 0, 1, 1000) {
+        LAUNCH(clip_factor, 1, doubles(count), result(1), result(1), count, (float)max_norm);
+    }
+}
+
+static void test_adamw(void) {
+    FOR_EACH_SIZE(n) FOR_EACH(decay_end, 0, n / 2, n) {
+        float *v = result(n);
+        for (int64_t i = 0; i < n; i++) {
+            v[i] = fabsf(v[i]);
+        }
+        LAUNCH(adamw, blocks(n), result(n), reals(n), result(n), v, positive(1), n, decay_end, 1e-3f, 0.9f, 0.95f,
+               1e-8f, 0.1f, 0.271f, 0.142f);
+    }
+}
+
+/* ---- the comparison ------------------------------------------------------------------------------------------ */
+
+static void run(void (*cases)(void), const bn_kernel_table *set, bool one_by_one) {
+    room_used = 0;
+    output_count = 0;
+    seed = 2463534242u;
+    table = set;
+    singly = one_by_one;
+    cases();
+    for (int i = 0; i < output_count; i++) { /* one NaN for all */
+        for (size_t j = 0; outputs[i].is_float && j < outputs[i].bytes; j += sizeof(float)) {
+            float x;
+            memcpy(&x, outputs[i].data + j, sizeof x);
+            if (x != x) {
+                memset(outputs[i].data + j, 0x7F, sizeof x);
+            }
+        }
+    }
+}
+
+static bool guards_hold(int i) {
+    for (size_t j = 0; j < GUARD; j++) {
+        if (outputs[i].data[outputs[i].bytes + j] != 0xA5 || outputs[i].data[-1 - (ptrdiff_t)j] != 0xA5) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* The set's outputs against `expected`, which the first (scalar) run fills. Reports the first output that is wrong. */
+static bool agrees(const char *name, unsigned char *expected, bool first) {
+    for (int i = 0; i < output_count; i++) {
+        const unsigned char *data = outputs[i].data;
+        const size_t bytes = outputs[i].bytes;
+        size_t same = 0;
+        if (first) {
+            memcpy(expected, data, bytes);
+        }
+        while (same < bytes && data[same] == expected[same]) {
+            same++;
+        }
+        if (same < bytes || !guards_hold(i)) {
+            fprintf(stderr, "%s, %s%s: output %d of %zu bytes: ", name, table->isa, singly ? " unit by unit" : "", i,
+                    bytes);
+            fprintf(stderr, same < bytes ? "differs from byte %zu on\n" : "written outside\n", same);
+            return false;
+        }
+        expected += bytes;
+    }
+    return true;
+}
+
+/* FNV-1a over the outputs of the last run. */
+static unsigned long long hash_outputs(void) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (int i = 0; i < output_count; i++) {
+        for (size_t j = 0; j < outputs[i].bytes; j++) {
+            hash = (hash ^ outputs[i].data[j]) * 0x100000001b3u;
+        }
+    }
+    return hash;
+}
+
+static bool runs_here(const bn_kernel_table *set) {
+    for (int i = 0; i < bn_cpu_isa_count(); i++) {
+        if (strcmp(bn_cpu_isa_name(i), set->isa) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int main(void) {
+    static const struct {
+        const char *name;
+        void (*cases)(void);
+    } kernels[] = {
+#define KERNEL(name) {#name, test_##name},
+#include "kernels/kernels.def"
+#undef KERNEL
+    };
+    static const bn_kernel_table *const sets[] = {
+        &bn_kernels_scalar,
+#if defined(__x86_64__)
+        &bn_kernels_avx2,
+        &bn_kernels_avx512vnni,
+#elif defined(__aarch64__)
+        &bn_kernels_neon,
+#endif
+    };
+    static unsigned char expected[ROOM];
+    bool right = true;
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        fprintf(stderr, "%s: %s\n", sets[i]->isa, runs_here(sets[i]) ? "tested" : "not on this CPU");
+    }
+    for (size_t k = 0; k < sizeof kernels / sizeof *kernels; k++) {
+        run(kernels[k].cases, &bn_kernels_scalar, false);
+        right &= agrees(kernels[k].name, expected, true);
+        printf("%-22s %016llx\n", kernels[k].name, hash_outputs());
+        for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+            for (int one_by_one = 0; runs_here(sets[i]) && one_by_one < 2; one_by_one++) {
+                run(kernels[k].cases, sets[i], one_by_one);
+                right &= agrees(kernels[k].name, expected, false);
+            }
+        }
+    }
+    return right ? 0 : 1;
+}

@@ -1,0 +1,448 @@
+/*
+ * test_products.c: gemm, ternarize, quantize_rows and bitlinear_forward of every instruction set this CPU has, against
+ * plain loops and quant/ternary.h, bit for bit; with guard bytes around every output, odd shapes, all layouts and tile
+ * sizes. One line per check; exit status 1 if any failed.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+#include "kernels/tiles.h"
+#include "quant/ternary.h"
+
+extern const bn_kernel_table bn_kernels_scalar;
+#if defined(__x86_64__)
+extern const bn_kernel_table bn_kernels_avx2, bn_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const bn_kernel_table bn_kernels_neon;
+#endif
+
+static const bn_kernel_table *tables[4];
+static int table_count;
+static void *scratch;
+
+static void find_tables(void) {
+    tables[table_count++] = &bn_kernels_scalar;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        tables[table_count++] = &bn_kernels_avx2;
+    }
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+        tables[table_count++] = &bn_kernels_avx512vnni;
+    }
+#elif defined(__aarch64__)
+    tables[table_count++] = &bn_kernels_neon;
+#endif
+}
+
+/* ---- checks, numbers, guarded memory ------------------------------------------------------------------ */
+
+static int failures_here, failures;
+
+static void expect(bool ok, const char *what, const char *isa, int64_t m, int64_t n, int64_t k, int variant) {
+    if (!ok && failures_here++ < 5) {
+        printf("  failed: %s, %s, m %lld n %lld k %lld variant %d\n", what, isa, (long long)m, (long long)n,
+               (long long)k, variant);
+    }
+}
+
+static void done(const char *name) {
+    printf("%s %s\n", failures_here == 0 ? "ok  " : "FAIL", name);
+    failures += failures_here;
+    failures_here = 0;
+}
+
+static uint64_t state = 1;
+static uint32_t random_bits(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+static float random_float(void) { return (float)random_bits() / 1073741824.0f - 1.0f; }
+
+/* Outputs lie between two fences of 64 bytes; memory starts as noise so that nothing passes by being zero already. */
+enum { FENCE = 64 };
+static void *fenced(int64_t bytes) {
+    uint8_t *p = aligned_alloc(64, (size_t)bn_round_up(bytes, 64) + 2 * FENCE);
+    if (p == NULL) {
+        exit(2);
+    }
+    for (int64_t i = 0; i < bn_round_up(bytes, 64) + 2 * FENCE; i++) {
+        p[i] = (uint8_t)(0xA5 ^ i);
+    }
+    return p + FENCE;
+}
+static bool intact(const void *data, int64_t bytes) {
+    const uint8_t *p = (const uint8_t *)data - FENCE;
+    for (int64_t i = 0; i < bn_round_up(bytes, 64) + 2 * FENCE; i++) {
+        if ((i < FENCE || i >= FENCE + bytes) && p[i] != (uint8_t)(0xA5 ^ i)) {
+            return false;
+        }
+    }
+    return true;
+}
+static void release(void *data) { free((uint8_t *)data - FENCE); }
+
+/* Units one by one, last first: a unit may lean on no other. */
+#define EACH_UNIT_BACKWARDS(kernel, args, units)                                                                       \
+    for (int64_t u = (units)-1; u >= 0; u--) {                                                                         \
+        kernel(args, u, u + 1, scratch);                                                                               \
+    }
+
+/* ---- quant/ternary.c, by hand ------------------------------------------------------------------------------------ */
+
+static void by_hand(bool ok, const char *what, int64_t n) { expect(ok, what, "contract", 0, n, 0, 0); }
+
+static void test_contract(void) {
+    const float w[] = {-4.0f, 0.0f, 2.0f, 2.0f}, zeros[3] = {0};
+    by_hand(bn_absmean_scale(w, 4) == 2.0f, "absmean", 4);
+    by_hand(bn_absmean_scale(zeros, 3) == 1e-5f && bn_absmean_scale(zeros, 0) == 1e-5f, "absmean of 0", 3);
+    by_hand(isnan(bn_absmean_scale((float[]){1, NAN}, 2)), "absmean of NaN", 2);
+    const float at[] = {1.0f, -1.0f, 1.0001f, -1.0001f, 3.0f, -9.0f, INFINITY, NAN, 0.0f};
+    const int8_t code[] = {0, 0, 1, -1, 1, -1, 1, 0, 0};
+    for (int i = 0; i < 9; i++) {
+        by_hand(bn_ternary_code(at[i], 2.0f) == code[i], "code", i);
+    }
+    const float row[] = {-2.0f, 1.0f, 0.0f, 0.0236f};
+    int8_t q[4];
+    by_hand(bn_int8_row(row, 4, q) == 2.0f / 127.0f, "act_scale", 4);
+    by_hand(q[0] == -127 && q[1] == 64 && q[2] == 0 && q[3] == 1, "int8 row, 63.5 to even", 4);
+    for (int n = 0; n <= 17; n++) {
+        int8_t codes[17], back[17];
+        uint8_t packed[5];
+        for (int i = 0; i < n; i++) {
+            codes[i] = (int8_t)(random_bits() % 3) - 1;
+        }
+        bool ok = bn_ternary_pack(codes, n, packed) == BN_OK && bn_ternary_unpack(packed, n, back) == BN_OK;
+        by_hand(ok && memcmp(codes, back, (size_t)n) == 0, "pack", n);
+    }
+    uint8_t packed[2];
+    const int8_t five[] = {-1, 0, 1, 1, 0};
+    by_hand(bn_ternary_pack(five, 5, packed) == BN_OK && packed[0] == 0xA4 && packed[1] == 1, "packed bits", 5);
+    by_hand(bn_ternary_pack((const int8_t[]){0, 2}, 2, packed) == BN_ERR_VALUE, "pack refuses 2", 2);
+    by_hand(bn_ternary_unpack((const uint8_t[]){0xC0}, 4, q) == BN_ERR_VALUE, "unpack refuses 3", 4);
+    by_hand(bn_ternary_unpack((const uint8_t[]){0xC0}, 3, q) == BN_OK, "unused bits are not read", 3);
+    done("the numeric contract, by hand");
+}
+
+/* ---- gemm -------------------------------------------------------------------------------------------------------- */
+
+/* Bits of `variant`. */
+enum { A_TRANSPOSED = 1, B_TRANSPOSED = 2, A_I8 = 4, B_I8 = 8, SCALE = 16, DEPTH_SCALE = 32, ACCUMULATE = 64 };
+enum { VARIANTS = 128 };
+
+static float factor(const gemm_operand *x, int64_t i, int64_t j, int64_t p) {
+    const int64_t at = i * x->row_stride + j * x->col_stride;
+    const float value = x->dtype == BN_F32 ? ((const float *)x->data)[at] : (float)((const int8_t *)x->data)[at];
+    const float scale = x->scale != NULL ? x->scale[0] : 1.0f;
+    return value * (x->depth_scale != NULL ? scale * x->depth_scale[p] : scale);
+}
+
+/* The contract word for word, and the same sum in double within the error of k roundings. */
+static bool gemm_oracle(const gemm_args *g, const float *before, float *expected) {
+    bool close = true;
+    for (int64_t i = 0; i < g->m; i++) {
+        for (int64_t j = 0; j < g->n; j++) {
+            float sum = g->accumulate ? before[i * g->ldc + j] : 0.0f;
+            double exact = sum, size = fabs((double)sum);
+            for (int64_t p = 0; p < g->k; p++) {
+                const float a = factor(&g->a, i, p, p), b = factor(&g->b, p, j, p);
+                sum = fmaf(a, b, sum);
+                exact += (double)a * b;
+                size += fabs((double)a * b);
+            }
+            close = close && fabs(sum - exact) <= (double)g->k * 0x1p-24 * size;
+            expected[i * g->ldc + j] = sum;
+        }
+    }
+    return close;
+}
+
+static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
+    /* With room to spare after each row, so that no stride is the width by accident. */
+    const int64_t lda = (variant & A_TRANSPOSED ? m : k) + 3, ldb = (variant & B_TRANSPOSED ? k : n) + 5, ldc = n + 2;
+    const int64_t a_count = lda * (variant & A_TRANSPOSED ? k : m), b_count = ldb * (variant & B_TRANSPOSED ? n : k);
+    const int64_t bytes = m * ldc * 4;
+    float *af = fenced(a_count * 4), *bf = fenced(b_count * 4), *depth = fenced(k * 4), scale = 0.37f;
+    float *before = fenced(bytes), *expected = fenced(bytes), *c = fenced(bytes);
+    int8_t *ai = fenced(a_count), *bi = fenced(b_count);
+    for (int64_t i = 0; i < a_count; i++) {
+        af[i] = random_float();
+        ai[i] = (int8_t)random_bits();
+    }
+    for (int64_t i = 0; i < b_count; i++) {
+        bf[i] = random_float();
+        bi[i] = (int8_t)random_bits();
+    }
+    for (int64_t p = 0; p < k; p++) {
+        depth[p] = random_float();
+    }
+    for (int64_t i = 0; i < m * ldc; i++) {
+        before[i] = random_float();
+    }
+    memcpy(expected, before, (size_t)bytes);
+    gemm_args g = {.c = c, .m = m, .n = n, .k = k, .ldc = ldc, .accumulate = (variant & ACCUMULATE) != 0};
+    const bool across_a = variant & A_TRANSPOSED, across_b = variant & B_TRANSPOSED;
+    g.a = (gemm_operand){.row_stride = across_a ? 1 : lda, .col_stride = across_a ? lda : 1};
+    g.b = (gemm_operand){.row_stride = across_b ? 1 : ldb, .col_stride = across_b ? ldb : 1};
+    g.a.dtype = variant & A_I8 ? BN_I8 : BN_F32;
+    g.b.dtype = variant & B_I8 ? BN_I8 : BN_F32;
+    g.a.data = variant & A_I8 ? (const void *)ai : af;
+    g.b.data = variant & B_I8 ? (const void *)bi : bf;
+    g.a.scale = g.b.scale = variant & SCALE ? &scale : NULL;
+    g.b.depth_scale = variant & DEPTH_SCALE ? depth : NULL;
+    g.a.depth_scale = variant & A_TRANSPOSED ? g.b.depth_scale : NULL;
+    expect(gemm_oracle(&g, before, expected), "distance from the double sum", "oracle", m, n, k, variant);
+    const bn_tiles chosen = bn_gemm_tiles(m, n, k, 3);
+    const int64_t tiles[][2] = {{m + 1, n + 1}, {5, 7}, {16, 33}, {chosen.tile_m, chosen.tile_n}};
+    for (int t = 0; t < table_count; t++) {
+        for (int s = 0; s < 4; s++) {
+            g.tile_m = tiles[s][0];
+            g.tile_n = tiles[s][1];
+            memcpy(c, before, (size_t)bytes);
+            EACH_UNIT_BACKWARDS(tables[t]->gemm, &g, bn_ceil_div(m, g.tile_m) * bn_ceil_div(n, g.tile_n))
+            const bool ok = memcmp(c, expected, (size_t)bytes) == 0 && intact(c, bytes);
+            expect(ok, "gemm", tables[t]->isa, m, n, k, variant);
+        }
+    }
+    void *all[] = {af, bf, depth, before, expected, c, ai, bi};
+    for (int i = 0; i < 8; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_gemm(void) {
+    for (int variant = 0; variant < VARIANTS; variant++) {
+        test_gemm_shape(13, 35, 37, variant);
+    }
+    done("gemm: every layout, type and scale");
+    static const int64_t ms[] = {1, 2, 4, 5, 8, 11, 12, 25}, ns[] = {1, 15, 16, 17, 33, 48, 97};
+    static const int64_t ks[] = {0, 1, 15, 16, 17, 33};
+    for (int i = 0; i < 8; i++) {
+        for (int j = 0; j < 7; j++) {
+            for (int l = 0; l < 6; l++) {
+                test_gemm_shape(ms[i], ns[j], ks[l], (int)(random_bits() % VARIANTS));
+            }
+        }
+    }
+    test_gemm_shape(0, 5, 3, 0);
+    test_gemm_shape(5, 0, 3, 0);
+    done("gemm: odd shapes");
+    for (int64_t k = 255; k <= 257; k++) {
+        test_gemm_shape(7, 19, k, B_TRANSPOSED);
+    }
+    test_gemm_shape(25, 40, 700, B_TRANSPOSED | ACCUMULATE);
+    test_gemm_shape(25, 40, 700, A_TRANSPOSED | B_I8 | DEPTH_SCALE);
+    test_gemm_shape(1100, 17, 19, A_I8 | SCALE); /* more rows than one scratch holds */
+    done("gemm: several blocks of depth and of rows");
+}
+
+/* ---- ternarize --------------------------------------------------------------------------------------------------- */
+
+static void test_ternarize_shape(int64_t rows, int64_t cols) {
+    const int64_t padded = bn_round_up(cols, BN_QUANT_PAD), count = rows * cols;
+    const int64_t groups = bn_ceil_div(rows, BN_PANEL_ROWS), panel_bytes = groups * BN_PANEL_ROWS * padded;
+    float *w = fenced(count * 4);
+    int8_t *old = fenced(count), *codes = fenced(count);
+    uint8_t *panels = fenced(panel_bytes);
+    int32_t *tally = fenced(rows * 16);
+    for (int64_t i = 0; i < count; i++) {
+        static const float edges[] = {0.25f, -0.25f, 0.75f, 1e30f, -INFINITY, NAN, 0.0f, -0.0f};
+        w[i] = random_bits() % 4 ? random_float() : edges[random_bits() % 8];
+        old[i] = (int8_t)(random_bits() % 3) - 1;
+    }
+    const float scales[] = {0.5f, 0.3f, 1e-5f, NAN};
+    for (int s = 0; s < 4; s++) {
+        for (int t = 0; t < table_count; t++) {
+            memcpy(codes, old, (size_t)count);
+            const ternarize_args a = {w, &scales[s], codes, panels, tally, rows, cols};
+            EACH_UNIT_BACKWARDS(tables[t]->ternarize, &a, groups)
+            bool ok = intact(codes, count) && intact(panels, panel_bytes) && intact(tally, rows * 16);
+            for (int64_t r = 0; r < groups * BN_PANEL_ROWS; r++) {
+                int32_t counts[4] = {0};
+                for (int64_t c = 0; c < padded; c++) {
+                    const bool real = r < rows && c < cols;
+                    const int8_t code = real ? bn_ternary_code(w[r * cols + c], scales[s]) : 0;
+                    const uint8_t byte = panels[((r / 16 * (padded / 4) + c / 4) * 16 + r % 16) * 4 + c % 4];
+                    ok = ok && byte == (real ? code + 1 : 0);
+                    if (real) {
+                        ok = ok && codes[r * cols + c] == code;
+                        counts[code + 1]++;
+                        counts[3] += code != old[r * cols + c];
+                    }
+                }
+                ok = ok && (r >= rows || memcmp(counts, tally + 4 * r, 16) == 0);
+            }
+            expect(ok, "ternarize", tables[t]->isa, rows, cols, 0, s);
+        }
+    }
+    void *all[] = {w, old, codes, panels, tally};
+    for (int i = 0; i < 5; i++) {
+        release(all[i]);
+    }
+}
+
+/* ---- quantize_rows ----------------------------------------------------------------------------------------------- */
+
+static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
+    const int64_t stride = bn_round_up(cols, BN_QUANT_PAD) + spare;
+    float *x = fenced(rows * cols * 4), *act_scale = fenced(rows * 4);
+    int8_t *q = fenced(rows * stride), *expected = fenced(stride);
+    int32_t *row_sum = fenced(rows * 4);
+    for (int64_t i = 0; i < rows * cols; i++) {
+        x[i] = random_float() * ldexpf(1.0f, (int)(i / cols % 7) * 20 - 60); /* rows from far below eps to 2^60 */
+    }
+    const float edges[] = {NAN, INFINITY, -INFINITY, 3.4e38f};
+    for (int64_t r = 0; r < rows && cols > 0; r++) {
+        if (r % 3 == 1) {
+            x[r * cols + (int64_t)random_bits() % cols] = edges[r / 3 % 4];
+        }
+    }
+    for (int t = 0; t < table_count; t++) {
+        const quantize_rows_args a = {x, q, act_scale, row_sum, rows, cols, stride};
+        EACH_UNIT_BACKWARDS(tables[t]->quantize_rows, &a, rows)
+        bool ok = intact(q, rows * stride) && intact(act_scale, rows * 4) && intact(row_sum, rows * 4);
+        for (int64_t r = 0; r < rows; r++) {
+            memset(expected, 0, (size_t)stride);
+            const float scale = bn_int8_row(x + r * cols, cols, expected);
+            int32_t sum = 0;
+            for (int64_t c = 0; c < cols; c++) {
+                sum += expected[c];
+            }
+            ok = ok && memcmp(&scale, &act_scale[r], 4) == 0 && sum == row_sum[r];
+            ok = ok && memcmp(expected, q + r * stride, (size_t)stride) == 0;
+        }
+        expect(ok, "quantize_rows", tables[t]->isa, rows, cols, 0, (int)spare);
+    }
+    void *all[] = {x, act_scale, q, expected, row_sum};
+    for (int i = 0; i < 5; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_quantizers(void) {
+    static const int64_t rows[] = {0, 1, 15, 16, 17, 33}, cols[] = {1, 3, 4, 15, 16, 17, 63, 64, 65, 200};
+    for (int i = 0; i < 6; i++) {
+        for (int j = 0; j < 10; j++) {
+            test_ternarize_shape(rows[i], cols[j]);
+        }
+    }
+    done("ternarize: codes, panels, tally");
+    for (int i = 0; i < 6; i++) {
+        for (int j = 0; j < 10; j++) {
+            test_quantize_shape(rows[i], cols[j], 64 * (j % 2));
+        }
+    }
+    test_quantize_shape(2, 0, 0);
+    test_quantize_shape(7, 9000, 0); /* several blocks of the exact sum */
+    done("quantize_rows: codes, scales, sums, padding");
+}
+
+/* ---- bitlinear_forward ------------------------------------------------------------------------------------------- */
+
+static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare) {
+    const int64_t padded = bn_round_up(k, BN_QUANT_PAD), stride = padded + spare, bytes = m * n * 4;
+    float *x = fenced(m * k * 4), *w = fenced(n * k * 4), *act_scale = fenced(m * 4), *y = fenced(bytes);
+    float *expected = fenced(bytes);
+    int8_t *q = fenced(m * stride), *codes = fenced(n * k);
+    uint8_t *panels = fenced(bn_round_up(n, BN_PANEL_ROWS) * padded);
+    int32_t *row_sum = fenced(m * 4), *tally = fenced(n * 16);
+    for (int64_t i = 0; i < m * k; i++) {
+        x[i] = random_float();
+    }
+    for (int64_t i = 0; i < n * k; i++) {
+        w[i] = random_float();
+    }
+    if (m > 2 && k > 0) {
+        x[2 * k] = NAN; /* its row of y is NaN, and no other */
+    }
+    const float scale = bn_absmean_scale(w, n * k);
+    const quantize_rows_args qa = {x, q, act_scale, row_sum, m, k, stride};
+    const ternarize_args ta = {w, &scale, codes, panels, tally, n, k};
+    bn_kernels_scalar.quantize_rows(&qa, 0, m, scratch);
+    bn_kernels_scalar.ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) {
+            int64_t sum = 0;
+            for (int64_t p = 0; p < k; p++) {
+                sum += q[i * stride + p] * codes[j * k + p];
+            }
+            expected[i * n + j] = (float)sum * (act_scale[i] * scale);
+        }
+    }
+    const bn_tiles chosen = bn_bitlinear_tiles(m, n, k, 3);
+    const int64_t tiles[][2] = {{m + 1, bn_round_up(n + 1, 16)}, {3, 16}, {9, 64}, {chosen.tile_m, chosen.tile_n}};
+    for (int t = 0; t < table_count; t++) {
+        for (int s = 0; s < 4; s++) {
+            const bitlinear_forward_args a = {q, act_scale, row_sum, panels, &scale,      y,
+                                              m, n,         k,       stride, tiles[s][0], tiles[s][1]};
+            memset(y, 0x3C, (size_t)bytes);
+            EACH_UNIT_BACKWARDS(tables[t]->bitlinear_forward, &a, bn_ceil_div(m, a.tile_m) * bn_ceil_div(n, a.tile_n))
+            bool ok = memcmp(y, expected, (size_t)bytes) == 0 && intact(y, bytes);
+            expect(ok, "bitlinear_forward", tables[t]->isa, m, n, k, s);
+        }
+    }
+    void *all[] = {x, w, act_scale, y, expected, q, codes, panels, row_sum, tally};
+    for (int i = 0; i < 10; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_bitlinear(void) {
+    static const int64_t ms[] = {1, 2, 4, 7, 8, 17}, ns[] = {1, 15, 16, 17, 31, 33, 48, 97};
+    static const int64_t ks[] = {1, 15, 64, 65, 200};
+    for (int i = 0; i < 6; i++) {
+        for (int j = 0; j < 8; j++) {
+            for (int l = 0; l < 5; l++) {
+                test_bitlinear_shape(ms[i], ns[j], ks[l], 64 * (l % 2));
+            }
+        }
+    }
+    test_bitlinear_shape(0, 5, 7, 0);
+    test_bitlinear_shape(5, 0, 7, 0);
+    test_bitlinear_shape(3, 5, 0, 0);
+    test_bitlinear_shape(2, 20, 150000, 0); /* sums beyond 2^24, where int to float rounds */
+    done("bitlinear_forward: integers, scales, tiles");
+}
+
+/* ---- tiles ------------------------------------------------------------------------------------------------------- */
+
+static void test_tiles(void) {
+    static const int64_t sizes[] = {0, 1, 47, 48, 100, 688, 2048, 32000, 250000};
+    for (int i = 0; i < 9 * 9 * 9; i++) {
+        const int64_t m = sizes[i / 81], n = sizes[i / 9 % 9], k = sizes[i % 9];
+        for (int workers = 1; workers <= 64; workers *= 4) {
+            const bn_tiles pair[] = {bn_gemm_tiles(m, n, k, workers), bn_bitlinear_tiles(m, n, k, workers)};
+            for (int which = 0; which < 2; which++) {
+                const bn_tiles t = pair[which];
+                bool ok = t.tile_m > 0 && t.tile_n > 0 && t.tile_n % BN_PANEL_ROWS == 0 && t.grain >= 1;
+                ok = ok && t.units == bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
+                const int64_t smallest = bn_ceil_div(m, BN_TILE_ROWS) * bn_ceil_div(n, BN_TILE_COLUMNS);
+                const int64_t plenty = bn_min_i64(smallest / 4, 2 * workers);
+                ok = ok && (workers == 1 || m * n * k / workers < 100000000 || t.units >= plenty);
+                expect(ok, "tiles", which == 0 ? "gemm" : "bitlinear", m, n, k, workers);
+            }
+        }
+    }
+    done("tiles: legal, and enough for every worker");
+}
+
+int main(void) {
+    scratch = aligned_alloc(64, BN_SCRATCH_BYTES);
+    find_tables();
+    printf("instruction sets:");
+    for (int t = 0; t < table_count; t++) {
+        printf(" %s", tables[t]->isa);
+    }
+    printf("\n");
+    test_contract();
+    test_tiles();
+    test_gemm();
+    test_quantizers();
+    test_bitlinear();
+    free(scratch);
+    return failures != 0;
+}
