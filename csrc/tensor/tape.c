@@ -1,0 +1,285 @@
+/* tape.c: recording, replaying and walking back over ops. */
+#include "tensor/tape.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct bn_tape {
+    bn_node *nodes;
+    int64_t length, capacity;
+    bool is_explicit;
+    atomic_int held; /* tensors recorded here that Python holds */
+    int pins;        /* calls running on it: it may not be cleared under them */
+    bn_tape *outer;  /* what was current before this explicit tape was entered */
+    bool entered;
+};
+
+static _Thread_local bn_tape implicit_tape;
+static _Thread_local bn_tape *entered_tape; /* NULL: the implicit one */
+static _Thread_local int grad_disabled;
+
+void bn_grad_disable(void) { grad_disabled++; }
+void bn_grad_enable(void) { grad_disabled--; }
+bool bn_grad_is_enabled(void) { return grad_disabled == 0; }
+
+static bn_tape *current_tape(void) { return entered_tape != NULL ? entered_tape : &implicit_tape; }
+
+bool bn_tape_makes(const bn_tensor *tensor) { return entered_tape == NULL || tensor->tape == entered_tape; }
+
+bool bn_wants_grad(bn_tensor *const *inputs, int count) {
+    bool any = false;
+    for (int i = 0; i < count; i++) {
+        any = any || (inputs[i] != NULL && inputs[i]->requires_grad);
+    }
+    return any && bn_grad_is_enabled();
+}
+
+void bn_node_abandon(bn_node *node) {
+    for (int i = 0; i < BN_NODE_SAVED; i++) {
+        bn_tensor_release(node->saved[i]);
+        node->saved[i] = NULL;
+    }
+    bn_tensor_release(node->output);
+    node->output = NULL;
+}
+
+/* Lets go of a recorded node; its output, if somebody else still has it, becomes a leaf. */
+static void consume(bn_tape *tape, bn_node *node) {
+    if (node->op == NULL) {
+        return;
+    }
+    node->op = NULL;
+    bn_tensor *output = node->output;
+    if (atomic_load(&output->handles) > 0) {
+        atomic_fetch_sub(&tape->held, 1);
+    }
+    output->tape = NULL;
+    output->node = -1;
+    output->is_consumed = true;
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        bn_tensor_release(node->inputs[i]);
+        node->inputs[i] = NULL;
+    }
+    bn_node_abandon(node);
+}
+
+static void clear(bn_tape *tape) {
+    while (tape->length > 0) {
+        consume(tape, &tape->nodes[--tape->length]);
+    }
+}
+
+/* The implicit tape of nobody's tensors is empty. */
+static void clear_if_unheld(bn_tape *tape) {
+    if (!tape->is_explicit && atomic_load(&tape->held) == 0 && tape->pins == 0) {
+        clear(tape);
+    }
+}
+
+void bn_tensor_hold(bn_tensor *tensor) {
+    if (atomic_fetch_add(&tensor->handles, 1) == 0 && tensor->tape != NULL) {
+        atomic_fetch_add(&tensor->tape->held, 1);
+    }
+}
+
+void bn_tensor_drop(bn_tensor *tensor) {
+    if (atomic_fetch_sub(&tensor->handles, 1) == 1 && tensor->tape != NULL) {
+        bn_tape *tape = tensor->tape;
+        atomic_fetch_sub(&tape->held, 1);
+        clear_if_unheld(tape);
+    }
+}
+
+bn_tape *bn_tape_pin(void) {
+    bn_tape *tape = current_tape();
+    tape->pins++;
+    return tape;
+}
+
+void bn_tape_unpin(bn_tape *tape) {
+    tape->pins--;
+    clear_if_unheld(tape);
+}
+
+bn_status bn_tape_new(bn_tape **out) {
+    *out = calloc(1, sizeof **out);
+    if (*out == NULL) {
+        return bn_fail(BN_ERR_MEMORY, "out of memory for a tape");
+    }
+    (*out)->is_explicit = true;
+    return BN_OK;
+}
+
+void bn_tape_free(bn_tape *tape) {
+    if (tape == NULL) {
+        return;
+    }
+    clear(tape);
+    free(tape->nodes);
+    free(tape);
+}
+
+bn_status bn_tape_enter(bn_tape *tape) {
+    if (tape->entered) {
+        return bn_fail(BN_ERR_STATE, "this tape is already recording");
+    }
+    tape->entered = true;
+    tape->outer = entered_tape;
+    entered_tape = tape;
+    return BN_OK;
+}
+
+void bn_tape_leave(bn_tape *tape) {
+    tape->entered = false;
+    entered_tape = tape->outer;
+}
+
+int64_t bn_tape_length(const bn_tape *tape) { return tape->length; }
+
+const char *bn_tape_op_name(const bn_tape *tape, int64_t node) {
+    return tape->nodes[node].op == NULL ? "consumed" : tape->nodes[node].op->name;
+}
+
+static bn_status append(bn_tape *tape, const bn_node *node) {
+    if (tape->length == tape->capacity) {
+        int64_t capacity = bn_max_i64(64, 2 * tape->capacity);
+        bn_node *nodes = realloc(tape->nodes, (size_t)capacity * sizeof *nodes);
+        if (nodes == NULL) {
+            return bn_fail(BN_ERR_MEMORY, "out of memory for a tape of %lld nodes", (long long)capacity);
+        }
+        tape->nodes = nodes;
+        tape->capacity = capacity;
+    }
+    tape->nodes[tape->length] = *node;
+    return BN_OK;
+}
+
+static bn_status refuse_other_tapes(const bn_tape *tape, const bn_node *node) {
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        if (node->inputs[i] != NULL && node->inputs[i]->tape != NULL && node->inputs[i]->tape != tape) {
+            return bn_fail(BN_ERR_STATE,
+                           "%s: input %d was recorded on another tape or thread; detach() it, or record both there",
+                           node->op->name, i);
+        }
+    }
+    return BN_OK;
+}
+
+static bn_status run_forward(bn_node *node) {
+    bn_storage_touch(node->output->storage);
+    return node->op->forward(node);
+}
+
+bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
+    bn_tape *tape = current_tape();
+    const bool grad = node->op->backward != NULL && bn_wants_grad(node->inputs, BN_NODE_INPUTS);
+    const bool record = grad || tape->is_explicit;
+    bn_status status = record ? refuse_other_tapes(tape, node) : BN_OK;
+    if (status == BN_OK) {
+        status = run_forward(node);
+    }
+    if (status == BN_OK && record) {
+        status = append(tape, node);
+    }
+    if (status != BN_OK) {
+        bn_node_abandon(node);
+        return status;
+    }
+    *out = bn_tensor_retain(node->output);
+    if (!record) {
+        bn_node_abandon(node);
+        return BN_OK;
+    }
+    node->output->requires_grad = grad;
+    node->output->tape = tape;
+    node->output->node = tape->length++;
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        if (node->inputs[i] != NULL) {
+            bn_tensor_retain(node->inputs[i]);
+        }
+    }
+    return BN_OK;
+}
+
+bn_status bn_tape_replay(bn_tape *tape) {
+    for (int64_t i = 0; i < tape->length; i++) {
+        BN_TRY(run_forward(&tape->nodes[i]));
+    }
+    return BN_OK;
+}
+
+static void drop_gradient(bn_tensor *tensor) {
+    bn_tensor_release(tensor->grad);
+    tensor->grad = NULL;
+}
+
+/* Nodes at the end that are gone need not be walked again. */
+static void trim(bn_tape *tape) {
+    while (tape->length > 0 && tape->nodes[tape->length - 1].op == NULL) {
+        tape->length--;
+    }
+}
+
+static bn_status refuse_consumed(const bn_node *node) {
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        if (node->inputs[i] != NULL && node->inputs[i]->is_consumed && node->inputs[i]->requires_grad) {
+            return bn_fail(BN_ERR_STATE,
+                           "backward: input %d of %s belongs to a graph that an earlier backward() consumed; call "
+                           "backward() once on the sum of the losses, or detach() the input",
+                           i, node->op->name);
+        }
+    }
+    return BN_OK;
+}
+
+static bn_status walk_back(bn_tape *tape, int64_t from) {
+    for (int64_t i = from; i >= 0; i--) {
+        bn_node *node = &tape->nodes[i];
+        if (node->op == NULL || node->output->grad == NULL) {
+            continue;
+        }
+        if (node->op->backward != NULL) {
+            BN_TRY(refuse_consumed(node));
+            BN_TRY(node->op->backward(node));
+        }
+        drop_gradient(node->output);
+        if (!tape->is_explicit) {
+            consume(tape, node);
+        }
+    }
+    return BN_OK;
+}
+
+bn_status bn_tape_backward(bn_tensor *loss, float factor) {
+    bn_tape *tape = loss->tape;
+    if (tape == NULL) {
+        return bn_fail(BN_ERR_STATE, loss->requires_grad
+                                         ? "backward: this tensor is a leaf, or its graph was already consumed"
+                                         : "backward: this tensor requires no gradient; it was made under no_grad() or "
+                                           "from tensors that require none");
+    }
+    if (!loss->requires_grad) {
+        return bn_fail(BN_ERR_STATE, "backward: this tensor requires no gradient");
+    }
+    if (loss->count != 1) {
+        bn_shape_text text;
+        return bn_fail(BN_ERR_SHAPE, "backward: needs a scalar, not a tensor of shape %s; take its sum() or mean()",
+                       bn_shape_print(loss, &text));
+    }
+    const int64_t from = loss->node;
+    drop_gradient(loss);
+    BN_TRY(bn_tensor_new(bn_backend_of(loss), BN_F32, loss->ndim, loss->shape, &loss->grad));
+    BN_TRY(bn_backend_of(loss)->upload(bn_data(loss->grad), &factor, sizeof factor));
+    bn_status status = walk_back(tape, from);
+    if (status != BN_OK) {
+        /* A half-walked tape has half-made gradients: forget those of its own tensors. */
+        for (int64_t i = 0; i <= from && i < tape->length; i++) {
+            if (tape->nodes[i].op != NULL) {
+                drop_gradient(tape->nodes[i].output);
+            }
+        }
+    }
+    trim(tape);
+    clear_if_unheld(tape);
+    return status;
+}

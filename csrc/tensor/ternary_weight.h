@@ -1,0 +1,33 @@
+/*
+ * ternary_weight.h: the ternary form of a latent weight (rows, cols), kept beside it: i8 codes for the backward pass,
+ * panels for integer dot products, the scale (mean |W|) and a tally. Made when a bitlinear first reads the weight and
+ * again whenever the weight's storage has a new version: once per optimizer step, not once per micro-batch.
+ */
+#ifndef BN_TENSOR_TERNARY_WEIGHT_H
+#define BN_TENSOR_TERNARY_WEIGHT_H
+
+#include "tensor/tensor.h"
+
+struct bn_ternary {
+    bn_tensor *codes;    /* i8 (rows, cols) */
+    bn_tensor *panels;   /* i8 (padded rows * padded cols): kernels.h, ternarize */
+    bn_tensor *scale;    /* f32 (1) */
+    bn_tensor *tally;    /* i32 (rows, 4): minus, zero, plus, flipped at the last refresh */
+    bn_storage *partial; /* doubles: block sums of |W| */
+    uint64_t version;    /* of the weight's storage; 0 before the first refresh */
+    uint64_t refreshes;
+};
+
+/* Sums of the tally: how many codes are -1, 0, +1, and how many changed at the last refresh (0 at the first). */
+typedef struct bn_ternary_stats {
+    int64_t minus, zero, plus, flipped;
+    float scale;
+} bn_ternary_stats;
+
+/* weight: f32 (rows, cols). On return weight->ternary matches the weight's present values. */
+BN_CHECKED bn_status bn_ternary_refresh(bn_tensor *weight);
+BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);
+/* Accepts NULL. */
+void bn_ternary_free(bn_ternary *ternary);
+
+#endif
