@@ -1,0 +1,42 @@
+/*
+ * projection.h: the three matrix products of a linear map y = x W^T, full precision or ternary, over a range of rows:
+ * what linear, bitlinear and the fused loss have in common.
+ */
+#ifndef BN_OPS_PROJECTION_H
+#define BN_OPS_PROJECTION_H
+
+#include "ops/op.h"
+
+typedef struct bn_projection {
+    bn_tensor *x;      /* (..., in), f32; ternary: x->quantized is filled */
+    bn_tensor *weight; /* (out, in), latent f32; ternary: weight->ternary is fresh */
+    bool ternary;
+} bn_projection;
+
+static inline int64_t bn_projection_rows(const bn_projection *p) { return bn_row_count(p->x); }
+static inline int64_t bn_projection_in(const bn_projection *p) { return p->weight->shape[1]; }
+static inline int64_t bn_projection_out(const bn_projection *p) { return p->weight->shape[0]; }
+
+/* Shapes and dtypes of x and weight; `op` names the caller in the sentence. */
+BN_CHECKED bn_status bn_projection_check(const char *op, const bn_tensor *x, const bn_tensor *weight);
+/* Brings the ternary forms of weight and x up to date (nothing to do in full precision). While recording on an explicit
+ * tape the quantization of x becomes a node of its own, once for all projections that read x. */
+BN_CHECKED bn_status bn_projection_prepare(const bn_projection *p);
+/* y (rows, out) = x[first : first + rows] W^T. */
+BN_CHECKED bn_status bn_projection_forward(const bn_projection *p, int64_t first, int64_t rows, float *y);
+/* dx (rows, in) (+)= dy W, with W as the forward pass used it. dx belongs to rows first.. of x. */
+BN_CHECKED bn_status bn_projection_backward_x(const bn_projection *p, int64_t rows, const float *dy, float *dx,
+                                              bool accumulate);
+/* dW (out, in) (+)= dy^T x[first : first + rows], with x as the forward pass used it. */
+BN_CHECKED bn_status bn_projection_backward_weight(const bn_projection *p, int64_t first, int64_t rows, const float *dy,
+                                                   float *dw, bool accumulate);
+
+/* What the forward pass quantized, to refuse a backward pass over something else. */
+typedef struct bn_projection_versions {
+    uint64_t x, weight;
+} bn_projection_versions;
+
+bn_projection_versions bn_projection_versions_now(const bn_projection *p);
+BN_CHECKED bn_status bn_projection_unchanged(const char *op, const bn_projection *p, bn_projection_versions then);
+
+#endif

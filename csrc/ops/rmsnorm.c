@@ -1,0 +1,65 @@
+/*
+ * rmsnorm.c: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4).
+ * With g = dy * weight and r = the reciprocal root:  dx = r * (g - x * r^2 * mean(g * x)),  dweight = sum dy * x * r.
+ */
+#include "ops/op.h"
+
+enum { RSTD };
+
+static const float *gain_of(const bn_node *n) { return n->inputs[1] == NULL ? NULL : bn_f32(n->inputs[1]); }
+
+static bn_status forward(bn_node *n) {
+    const bn_tensor *x = n->inputs[0];
+    const rmsnorm_forward_args args = {.x = bn_f32(x),
+                                       .gain = gain_of(n),
+                                       .y = bn_f32(n->output),
+                                       .rstd = bn_f32(n->saved[RSTD]),
+                                       .rows = bn_row_count(x),
+                                       .C = bn_last_dim(x),
+                                       .eps = *bn_node_params(n, float)};
+    return bn_run_rmsnorm_forward(bn_backend_of(x), &args, args.rows, 16);
+}
+
+static bn_status backward(bn_node *n) {
+    bn_tensor *x = n->inputs[0], *gain = n->inputs[1];
+    const bn_backend *backend = bn_backend_of(x);
+    const float *dy = bn_f32(n->output->grad), *rstd = bn_f32(n->saved[RSTD]);
+    float *dx, *dgain;
+    bool accumulate;
+    BN_TRY(bn_grad_target(gain, &dgain, &accumulate));
+    if (dgain != NULL) {
+        const rmsnorm_backward_gain_args args = {dy,        bn_f32(x), rstd, dgain, bn_row_count(x), bn_last_dim(x),
+                                                 accumulate};
+        BN_TRY(bn_run_rmsnorm_backward_gain(backend, &args, bn_ceil_div(args.C, BN_COLUMNS), 1));
+    }
+    BN_TRY(bn_grad_target(x, &dx, &accumulate));
+    if (dx == NULL) {
+        return BN_OK;
+    }
+    const rmsnorm_backward_args args = {dy, bn_f32(x),       gain_of(n),     rstd,
+                                        dx, bn_row_count(x), bn_last_dim(x), accumulate};
+    return bn_run_rmsnorm_backward(backend, &args, args.rows, 16);
+}
+
+const bn_op bn_op_rmsnorm = {"rmsnorm", forward, backward};
+
+bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bn_tensor **out) {
+    BN_TRY(bn_require_dtype("rmsnorm", "x", x, BN_F32));
+    if (x->ndim < 1) {
+        return bn_fail(BN_ERR_SHAPE, "rmsnorm: x is a scalar");
+    }
+    if (weight != NULL) {
+        BN_TRY(bn_require_dtype("rmsnorm", "weight", weight, BN_F32));
+        if (weight->ndim != 1 || weight->count != bn_last_dim(x)) {
+            bn_shape_text text;
+            return bn_fail(BN_ERR_SHAPE, "rmsnorm: x has %lld channels, weight has shape %s", (long long)bn_last_dim(x),
+                           bn_shape_print(weight, &text));
+        }
+    }
+    bn_node n = {.op = &bn_op_rmsnorm, .inputs = {x, weight}};
+    *bn_node_params(&n, float) = eps;
+    const int64_t rows[] = {bn_row_count(x)};
+    BN_NODE_TRY(&n, bn_output_like(&n, x));
+    BN_NODE_TRY(&n, bn_tensor_new(bn_backend_of(x), BN_F32, 1, rows, &n.saved[RSTD]));
+    return bn_tape_run(&n, out);
+}
