@@ -1,0 +1,156 @@
+"""The operations on tensors: shapes, equations, sources. Each records itself on the current tape when a gradient is wanted.
+
+Arguments called tokens, targets and start may be integer arrays; everything else is a Tensor. B batch, T time, H query
+heads, KV key/value heads, D head dimension, V vocabulary. All raise ShapeError when shapes do not fit and TypeError for a
+wrong dtype; the sentence names the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bitnet import _core
+from bitnet._core import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
+
+    Integers: TypeAlias = "Tensor | np.ndarray[Any, Any] | Sequence[Any]"
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Inside, results require no gradient and nothing is recorded (except on an explicit Tape, for replay)."""
+    _core.disable_grad()
+    try:
+        yield
+    finally:
+        _core.enable_grad()
+
+
+def tensor(data: ArrayLike | Tensor, dtype: str | None = None, requires_grad: bool = False) -> Tensor:
+    """A tensor with the values of an array or nested lists: floats become f32, integers i32."""
+    return Tensor(data, dtype, requires_grad)
+
+
+def zeros(shape: Sequence[int], dtype: str = "f32", device: str = "cpu") -> Tensor:
+    """A tensor of zeros."""
+    return _core.empty(shape, dtype, device)
+
+
+def _integers(values: Integers) -> Tensor:
+    return values if isinstance(values, Tensor) else Tensor(values, "i32")
+
+
+def embedding(tokens: Integers, weight: Tensor) -> Tensor:
+    """Rows of a table: tokens (...), weight (V, C) -> (..., C). IndexError for a token outside [0, V)."""
+    return _core.embedding(_integers(tokens), weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T in f32: x (..., in), weight (out, in) -> (..., out)."""
+    return _core.linear(x, weight)
+
+
+def bitlinear(x: Tensor, weight: Tensor) -> Tensor:
+    """Ternary linear map with straight-through gradients: x (..., in), latent weight (out, in) f32 -> (..., out).
+
+    int8 activations times ternary codes in integer arithmetic; see csrc/ops/bitlinear.c.
+    Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
+    """
+    return _core.bitlinear(x, weight)
+
+
+def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Source: Zhang and Sennrich 2019, eq. 4."""
+    return _core.rmsnorm(x, weight, eps)
+
+
+def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (positions, head_dim / 2): angle t * theta^(-2j / head_dim). Source: Su et al. 2021."""
+    return _core.rope_tables(positions, head_dim, theta)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Integers | None = None) -> Tensor:
+    """Rotates the pairs (j, j + D/2) of x (B, T, heads, D); row t of sequence b is at position start[b] + t."""
+    return _core.rope(x, cos, sin, None if start is None else _integers(start))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: Integers | None = None) -> Tensor:
+    """Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, without a T x T matrix.
+
+    q (B, T, H, D); k, v (B, S, KV, D) -> (B, T, H, D). Query t of sequence b is at position start[b] + t and sees the keys
+    up to it. Without start: S == T, and gradients flow. With start (a KV cache): forward only.
+    """
+    return _core.attention(q, k, v, None if start is None else _integers(start))
+
+
+def cache_append(x: Tensor, cache: Tensor, start: Integers) -> Tensor:
+    """Writes x (B, T, KV, D) into cache (B, S, KV, D) from position start[b] on; returns the cache. Forward only."""
+    return _core.cache_append(x, cache, _integers(start))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Source: Shazeer 2020, arXiv 2002.05202."""
+    return _core.swiglu(gate, up)
+
+
+def relu2(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate)^2 * up, the gate of BitNet b1.58 2B-4T."""
+    return _core.relu2(gate, up)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Integers, ternary: bool = False) -> Tensor:
+    """Mean loss in nats of the head weight (V, C) over the rows of x (..., C); targets -100 take no part.
+
+    The logits exist for a few rows at a time only. ternary: the head is a bitlinear.
+    """
+    return _core.cross_entropy(x, weight, _integers(targets), ternary)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; b may be one row (the last dimension of a), added to every row."""
+    return _core.add(a, b)
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a * b elementwise, equal shapes."""
+    return _core.mul(a, b)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k), b (k, n) -> (..., m, n)."""
+    return _core.matmul(a, b)
+
+
+def sum(x: Tensor) -> Tensor:
+    """Sum of all elements, a scalar."""
+    return _core.sum(x)
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of all elements, a scalar."""
+    return _core.mean(x)
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Another shape over the same memory; one size may be -1."""
+    return _core.reshape(x, shape)
+
+
+def transpose(x: Tensor) -> Tensor:
+    """Swaps the last two dimensions (a copy)."""
+    return _core.transpose(x)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x - max) / sum over the last dimension."""
+    return _core.softmax(x)
+
+
+def convert(x: Tensor, dtype: str) -> Tensor:
+    """x in another dtype: f32 <-> bf16; bf16, i8, i32, ternary2 -> f32; ternary2 -> i8."""
+    return x if x.dtype == dtype else _core.convert(x, dtype)

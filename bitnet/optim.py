@@ -1,0 +1,113 @@
+"""AdamW over flat buffers, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bitnet import _core, ops
+from bitnet.nn import Module, Parameter
+
+
+class AdamW:
+    """Adam with decoupled weight decay on matrices (biases and gains do not decay), one fused pass over all parameters.
+
+    parameters: a Module, or (name, Parameter) pairs. Their values move into one flat buffer (self.flat), matrices first,
+    and their gradients into another (self.flat_grad): a norm, an all-reduce or a step is one pass over memory.
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        parameters: Module | Iterable[tuple[str, Parameter]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        named = list(parameters.named_parameters() if isinstance(parameters, Module) else parameters)
+        named.sort(key=lambda item: item[1].ndim < 2)  # stable: matrices, then the rest, each in its own order
+        self.parameters = dict(named)
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.flat, self.flat_grad = _core.flatten([parameter for _, parameter in named])
+        self.m, self.v = ops.zeros(self.flat.shape), ops.zeros(self.flat.shape)
+        self.steps = 0
+        self._norm, self._factor = ops.zeros((1,)), ops.zeros((1,))
+        self._factor.copy_([1.0])
+        self._slots: dict[str, slice] = {}
+        self._decay_end = end = 0
+        for name, parameter in named:
+            self._slots[name] = slice(end, end + parameter.size)
+            end += -(-parameter.size // 16) * 16  # the padding of csrc/ops/optimizer.c: whole cache lines
+            self._decay_end = end if parameter.ndim >= 2 else self._decay_end
+
+    def zero_grad(self) -> None:
+        """Makes every gradient zero."""
+        _core.zero_grad(list(self.parameters.values()))
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        """The norm of all gradients; the next step() scales them to at most max_norm (0: never)."""
+        _core.settle_grad(list(self.parameters.values()))
+        _core.clip_grad_norm(self.flat_grad, max_norm, self._norm, self._factor)
+        return self._norm.item()
+
+    def step(self, lr: float | None = None, weight_decay: float | None = None) -> None:
+        """Updates every parameter from its gradient, scaled by the last clip_grad_norm since the last step."""
+        _core.settle_grad(list(self.parameters.values()))
+        self.steps += 1
+        _core.adamw(
+            self.flat, self.flat_grad, self.m, self.v, self._factor,
+            step=self.steps, decay_end=self._decay_end, lr=self.lr if lr is None else lr,
+            beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            weight_decay=self.weight_decay if weight_decay is None else weight_decay,
+        )  # fmt: skip
+        self._factor.copy_([1.0])
+
+    def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Copies of both moments by parameter name (`m.<name>`, `v.<name>`) and the step count (`steps`)."""
+        state: dict[str, np.ndarray[Any, Any]] = {"steps": np.array([self.steps], np.int64)}
+        for prefix, flat in (("m", self.m), ("v", self.v)):
+            values = flat.numpy()
+            for name, parameter in self.parameters.items():
+                state[f"{prefix}.{name}"] = values[self._slots[name]].reshape(parameter.shape).copy()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what state_dict() gave; names and shapes must match."""
+        wanted = {f"{prefix}.{name}": p.shape for prefix in "mv" for name, p in self.parameters.items()}
+        for name, shape in wanted.items():
+            if name not in state or tuple(np.shape(state[name])) != shape:
+                raise KeyError(f"optimizer state: {name} of shape {shape} is missing or has another shape")
+        for prefix, flat in (("m", self.m), ("v", self.v)):
+            values = flat.numpy()
+            for name in self.parameters:
+                values[self._slots[name]] = np.asarray(state[f"{prefix}.{name}"], np.float32).reshape(-1)
+        self.steps = int(state["steps"][0])
+
+
+def warmup_cosine(step: int, total: int, lr: float, min_lr: float, warmup: int) -> float:
+    """Learning rate of a step (from 0): linear over `warmup` steps, then a cosine that ends at min_lr."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def two_stage(
+    step: int, total: int, lr: float, second_lr: float, warmup: int, weight_decay: float
+) -> tuple[float, float]:
+    """(learning rate, weight decay) of a step in the b1.58 recipe.
+
+    Linear warm-up, then linear decay towards zero over the whole run, from `lr` in the first half and from the lower
+    `second_lr` in the second; weight decay in the first half only.
+    Source: Microsoft 2024, "The Era of 1-bit LLMs: Training Tips, Code and FAQ".
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup, weight_decay
+    remaining = max(0.0, 1.0 - (step - warmup) / max(1, total - warmup))
+    if step < total / 2:
+        return lr * remaining, weight_decay
+    return second_lr * remaining, 0.0

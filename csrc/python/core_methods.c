@@ -1,0 +1,420 @@
+/* core_methods.c: what the module offers beside tensors and ops: devices, threads, random numbers, ternary weights, the
+ * optimizer's kernels. */
+#include "python/module.h"
+
+#include "base/math64.h"
+#include "base/parallel.h"
+#include "base/rng.h"
+#include "cpu/cpu.h"
+#include "ops/ops.h"
+#include "ops/optimizer.h"
+#include "quant/ternary.h"
+#include "tensor/ternary_weight.h"
+
+static PyObject *none_or_raise(PyObject *module, bn_status status) {
+    if (status != BN_OK) {
+        return bn_raise(bn_state(module), status);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- making tensors ----------------------------------------------------------------------------------------- */
+
+static PyObject *empty(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"shape", "dtype", "device", NULL};
+    PyObject *sequence, *dtype_name = NULL;
+    const char *device = "cpu";
+    int64_t shape[BN_MAX_DIMS];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Os:empty", names, &sequence, &dtype_name, &device)) {
+        return NULL;
+    }
+    const int ndim = bn_parse_shape(sequence, shape);
+    const int dtype = dtype_name == NULL ? BN_F32 : bn_parse_dtype(dtype_name);
+    const bn_backend *backend = bn_parse_device(device);
+    if (ndim < 0 || dtype < 0 || backend == NULL) {
+        return NULL;
+    }
+    bn_tensor *tensor;
+    bn_status status = bn_tensor_new(backend, (bn_dtype)dtype, ndim, shape, &tensor);
+    if (status == BN_OK) {
+        status = bn_tensor_zero(tensor);
+        if (status != BN_OK) {
+            bn_tensor_release(tensor);
+        }
+    }
+    return status == BN_OK ? bn_wrap(bn_state(module), tensor) : bn_raise(bn_state(module), status);
+}
+
+static bn_status refuse_unfit(const bn_tensor *t) {
+    if (t->dtype != BN_F32 || !bn_is_leaf(t) || bn_backend_of(t) != bn_cpu_backend()) {
+        return bn_fail(BN_ERR_DTYPE, "random values go into f32 leaves on the CPU");
+    }
+    return BN_OK;
+}
+
+static PyObject *fill_random(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,
+                             bn_status (*fill)(float *, int64_t, uint64_t, uint64_t, float, float)) {
+    static char *names[] = {"tensor", "seed", "stream", "a", "b", NULL};
+    PyObject *object;
+    unsigned long long seed, stream;
+    float a, b;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &object, &seed, &stream, &a, &b)) {
+        return NULL;
+    }
+    bn_tensor *t = bn_unwrap(bn_state(module), object, "tensor");
+    if (t == NULL) {
+        return NULL;
+    }
+    bn_status status = refuse_unfit(t);
+    if (status == BN_OK) {
+        bn_storage_touch(t->storage);
+        BN_WITHOUT_GIL(status, fill(bn_f32(t), t->count, seed, stream, a, b));
+    }
+    return none_or_raise(module, status);
+}
+
+static PyObject *fill_normal(PyObject *module, PyObject *args, PyObject *kwargs) {
+    return fill_random(module, args, kwargs, "OKKff:fill_normal", bn_rng_fill_normal);
+}
+
+static PyObject *fill_uniform(PyObject *module, PyObject *args, PyObject *kwargs) {
+    return fill_random(module, args, kwargs, "OKKff:fill_uniform", bn_rng_fill_uniform);
+}
+
+/* Frequencies and angles are rounded to f32 where published implementations round them: theta^(-2j/D), then times t. */
+static PyObject *rope_tables(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"positions", "head_dim", "theta", NULL};
+    long long positions, head_dim;
+    double theta;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLd:rope_tables", names, &positions, &head_dim, &theta)) {
+        return NULL;
+    }
+    if (positions < 1 || positions > (1 << 20) || head_dim < 2 || head_dim % 2 != 0 || !(theta > 0.0)) {
+        return PyErr_Format(PyExc_ValueError, "rope_tables: %lld positions (1 to 2^20), heads of %lld (even), theta %R",
+                            positions, head_dim, PyTuple_Size(args) > 2 ? PyTuple_GetItem(args, 2) : Py_None);
+    }
+    const int64_t half = head_dim / 2, shape[] = {positions, half};
+    bn_tensor *cos_table, *sin_table;
+    bn_status status = bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &cos_table);
+    if (status != BN_OK) {
+        return bn_raise(bn_state(module), status);
+    }
+    status = bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &sin_table);
+    if (status != BN_OK) {
+        bn_tensor_release(cos_table);
+        return bn_raise(bn_state(module), status);
+    }
+    for (int64_t j = 0; j < half; j++) {
+        const float frequency = (float)bn_pow64(theta, -2.0 * (double)j / (double)head_dim);
+        for (int64_t t = 0; t < positions; t++) {
+            const float angle = (float)t * frequency;
+            bn_f32(cos_table)[t * half + j] = (float)bn_cos64((double)angle);
+            bn_f32(sin_table)[t * half + j] = (float)bn_sin64((double)angle);
+        }
+    }
+    return Py_BuildValue("(NN)", bn_wrap(bn_state(module), cos_table), bn_wrap(bn_state(module), sin_table));
+}
+
+/* ---- ternary weights ---------------------------------------------------------------------------------------- */
+
+static bn_tensor *ternary_argument(PyObject *module, PyObject *object) {
+    bn_tensor *t = bn_unwrap(bn_state(module), object, "weight");
+    if (t != NULL && (t->dtype != BN_F32 || t->ndim != 2)) {
+        bn_shape_text text;
+        PyErr_Format(bn_state(module)->shape_error, "a ternary weight is made from an f32 matrix, not %s of shape %s",
+                     bn_dtype_name(t->dtype), bn_shape_print(t, &text));
+        return NULL;
+    }
+    return t;
+}
+
+static PyObject *ternary_stats(PyObject *module, PyObject *object) {
+    bn_tensor *t = ternary_argument(module, object);
+    if (t == NULL) {
+        return NULL;
+    }
+    bn_ternary_stats s;
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_read_stats(t, &s));
+    if (status != BN_OK) {
+        return bn_raise(bn_state(module), status);
+    }
+    return Py_BuildValue("(LLLLf)", (long long)s.minus, (long long)s.zero, (long long)s.plus, (long long)s.flipped,
+                         s.scale);
+}
+
+static PyObject *ternary_codes(PyObject *module, PyObject *object) {
+    bn_tensor *t = ternary_argument(module, object), *copy;
+    if (t == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_refresh(t));
+    if (status == BN_OK) {
+        status = bn_tensor_new(bn_backend_of(t), BN_I8, 2, t->shape, &copy);
+    }
+    if (status == BN_OK) {
+        status = bn_tensor_copy(copy, t->ternary->codes);
+        if (status != BN_OK) {
+            bn_tensor_release(copy);
+        }
+    }
+    return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
+}
+
+static PyObject *pack_ternary(PyObject *module, PyObject *object) {
+    bn_tensor *codes = bn_unwrap(bn_state(module), object, "codes"), *packed;
+    if (codes == NULL) {
+        return NULL;
+    }
+    if (codes->dtype != BN_I8) {
+        return PyErr_Format(PyExc_TypeError, "pack_ternary: codes are %s, expected i8", bn_dtype_name(codes->dtype));
+    }
+    bn_status status = bn_tensor_new(bn_cpu_backend(), BN_TERNARY2, codes->ndim, codes->shape, &packed);
+    if (status != BN_OK) {
+        return bn_raise(bn_state(module), status);
+    }
+    BN_WITHOUT_GIL(status, bn_ternary_pack(bn_i8(codes), codes->count, bn_data(packed)));
+    if (status != BN_OK) {
+        bn_tensor_release(packed);
+        return bn_raise(bn_state(module), status);
+    }
+    return bn_wrap(bn_state(module), packed);
+}
+
+/* ---- optimizer ---------------------------------------------------------------------------------------------- */
+
+/* Core tensors of a sequence, borrowed from *items, which the caller releases; NULL with an exception set. */
+static bn_tensor **tensor_list(PyObject *module, PyObject *sequence, PyObject **items) {
+    *items = PySequence_Fast(sequence, "expected a sequence of tensors");
+    if (*items == NULL) {
+        return NULL;
+    }
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(*items);
+    bn_tensor **tensors = PyMem_Calloc((size_t)count + 1, sizeof *tensors);
+    for (Py_ssize_t i = 0; tensors != NULL && i < count; i++) {
+        tensors[i] = bn_unwrap(bn_state(module), PySequence_Fast_GET_ITEM(*items, i), "parameter");
+        if (tensors[i] == NULL) {
+            PyMem_Free(tensors);
+            tensors = NULL;
+        }
+    }
+    if (tensors == NULL) {
+        if (!PyErr_Occurred()) {
+            PyErr_NoMemory();
+        }
+        Py_CLEAR(*items);
+    }
+    return tensors;
+}
+
+static PyObject *flatten(PyObject *module, PyObject *sequence) {
+    PyObject *items;
+    bn_tensor **params = tensor_list(module, sequence, &items);
+    if (params == NULL) {
+        return NULL;
+    }
+    bn_tensor *flat, *flat_grad;
+    bn_status status = bn_flatten(params, PySequence_Fast_GET_SIZE(items), &flat, &flat_grad);
+    PyMem_Free(params);
+    Py_DECREF(items);
+    if (status != BN_OK) {
+        return bn_raise(bn_state(module), status);
+    }
+    return Py_BuildValue("(NN)", bn_wrap(bn_state(module), flat), bn_wrap(bn_state(module), flat_grad));
+}
+
+/* Applies to each tensor of a sequence. */
+static PyObject *for_each(PyObject *module, PyObject *sequence, bn_status (*fn)(bn_tensor *)) {
+    PyObject *items;
+    bn_tensor **params = tensor_list(module, sequence, &items);
+    if (params == NULL) {
+        return NULL;
+    }
+    bn_status status = BN_OK;
+    for (Py_ssize_t i = 0; status == BN_OK && i < PySequence_Fast_GET_SIZE(items); i++) {
+        status = fn(params[i]);
+    }
+    PyMem_Free(params);
+    Py_DECREF(items);
+    return none_or_raise(module, status);
+}
+
+static bn_status mark_zero(bn_tensor *t) {
+    t->grad_is_stale = t->grad != NULL;
+    return BN_OK;
+}
+
+static PyObject *zero_grad(PyObject *module, PyObject *sequence) { return for_each(module, sequence, mark_zero); }
+static PyObject *settle_grad(PyObject *module, PyObject *sequence) {
+    return for_each(module, sequence, bn_grad_settle);
+}
+
+static PyObject *clip_grad_norm(PyObject *module, PyObject *args) {
+    PyObject *o[3];
+    float max_norm;
+    if (!PyArg_ParseTuple(args, "OfOO:clip_grad_norm", &o[0], &max_norm, &o[1], &o[2])) {
+        return NULL;
+    }
+    bn_tensor *grad = bn_unwrap(bn_state(module), o[0], "grad");
+    bn_tensor *norm = grad == NULL ? NULL : bn_unwrap(bn_state(module), o[1], "norm");
+    bn_tensor *factor = norm == NULL ? NULL : bn_unwrap(bn_state(module), o[2], "factor");
+    if (factor == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_clip_grad_norm(grad, max_norm, norm, factor));
+    return none_or_raise(module, status);
+}
+
+static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"param", "grad",  "m",     "v",   "factor",       "step", "decay_end",
+                            "lr",    "beta1", "beta2", "eps", "weight_decay", NULL};
+    PyObject *o[5];
+    long long step, decay_end;
+    bn_adamw_options options;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO$LLfffff:adamw", names, &o[0], &o[1], &o[2], &o[3], &o[4],
+                                     &step, &decay_end, &options.lr, &options.beta1, &options.beta2, &options.eps,
+                                     &options.weight_decay)) {
+        return NULL;
+    }
+    options.step = step;
+    options.decay_end = decay_end;
+    bn_tensor *t[5];
+    for (int i = 0; i < 5; i++) {
+        t[i] = bn_unwrap(bn_state(module), o[i], names[i]);
+        if (t[i] == NULL) {
+            return NULL;
+        }
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_adamw(t[0], t[1], t[2], t[3], t[4], &options));
+    return none_or_raise(module, status);
+}
+
+/* ---- recording ---------------------------------------------------------------------------------------------- */
+
+static PyObject *disable_grad(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    bn_grad_disable();
+    Py_RETURN_NONE;
+}
+
+static PyObject *enable_grad(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    bn_grad_enable();
+    Py_RETURN_NONE;
+}
+
+static PyObject *is_grad_enabled(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return PyBool_FromLong(bn_grad_is_enabled());
+}
+
+/* ---- the machine -------------------------------------------------------------------------------------------- */
+
+static PyObject *set_threads(PyObject *module, PyObject *count) {
+    (void)module;
+    const long threads = PyLong_AsLong(count);
+    if (threads == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (threads < 0 || threads > BN_MAX_THREADS) {
+        return PyErr_Format(PyExc_ValueError, "threads: %ld is outside 1 to %d (0 restores the default)", threads,
+                            BN_MAX_THREADS);
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    bn_set_threads((int)threads);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_threads(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return PyLong_FromLong(bn_get_threads());
+}
+
+static PyObject *isa_names(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    const int count = bn_cpu_isa_count();
+    PyObject *list = PyList_New(count);
+    for (int i = 0; list != NULL && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(bn_cpu_isa_name(i));
+        if (name == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, name);
+    }
+    return list;
+}
+
+static PyObject *use_isa(PyObject *module, PyObject *name) {
+    const char *text = PyUnicode_AsUTF8(name);
+    return text == NULL ? NULL : none_or_raise(module, bn_cpu_use_isa(text));
+}
+
+static PyObject *current_isa(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return PyUnicode_FromString(bn_cpu_current_isa());
+}
+
+static PyObject *has_cuda(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return PyBool_FromLong(bn_cuda_backend() != NULL);
+}
+
+static PyObject *memory_stats(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    bn_arena_stats s;
+    bn_cpu_memory_stats(&s);
+    return Py_BuildValue("{s:K,s:K,s:K,s:K}", "in_use", (unsigned long long)s.in_use, "cached",
+                         (unsigned long long)s.cached, "high_water", (unsigned long long)s.high_water, "system_calls",
+                         (unsigned long long)s.system_calls);
+}
+
+static PyObject *memory_trim(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    bn_cpu_memory_trim();
+    Py_RETURN_NONE;
+}
+
+#define WITH_KEYWORDS(fn) (PyCFunction)(void (*)(void))(fn), METH_VARARGS | METH_KEYWORDS
+
+PyMethodDef bn_core_methods[] = {
+    {"empty", WITH_KEYWORDS(empty), "A tensor of zeros."},
+    {"fill_normal", WITH_KEYWORDS(fill_normal),
+     "Fills an f32 leaf: mean a, deviation b, a function of seed and stream."},
+    {"fill_uniform", WITH_KEYWORDS(fill_uniform), "Fills an f32 leaf: uniform in [a, b), of seed and stream."},
+    {"from_dlpack", bn_dlpack_import, METH_O, "A tensor over another library's memory (CPU, dense)."},
+    {"rope_tables", WITH_KEYWORDS(rope_tables), "(cos, sin), each (positions, head_dim / 2), f32."},
+    {"ternary_stats", ternary_stats, METH_O, "(minus, zero, plus, flipped, scale) of a latent weight's codes."},
+    {"ternary_codes", ternary_codes, METH_O, "The codes -1, 0, 1 of a latent weight as an i8 tensor."},
+    {"pack_ternary", pack_ternary, METH_O, "i8 codes as a ternary2 tensor, four a byte."},
+    {"flatten", flatten, METH_O, "Moves parameters into one buffer; returns (flat values, flat gradients)."},
+    {"zero_grad", zero_grad, METH_O, "Marks the gradients of tensors as zero."},
+    {"settle_grad", settle_grad, METH_O, "Clears the memory of gradients that are marked zero."},
+    {"clip_grad_norm", clip_grad_norm, METH_VARARGS, "(grad, max_norm, norm out, factor out)."},
+    {"adamw", WITH_KEYWORDS(adamw), "One AdamW step over flat tensors."},
+    {"disable_grad", disable_grad, METH_NOARGS, "Enters no_grad on this thread."},
+    {"enable_grad", enable_grad, METH_NOARGS, "Leaves no_grad on this thread."},
+    {"is_grad_enabled", is_grad_enabled, METH_NOARGS, "False inside no_grad."},
+    {"set_threads", set_threads, METH_O, "Threads that kernels use, 0 for the default. Never changes a result."},
+    {"get_threads", get_threads, METH_NOARGS, "Threads that kernels use."},
+    {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},
+    {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Never changes a result."},
+    {"current_isa", current_isa, METH_NOARGS, "The instruction set in use."},
+    {"has_cuda", has_cuda, METH_NOARGS, "Whether this build has CUDA kernels."},
+    {"memory_stats", memory_stats, METH_NOARGS, "Bytes in use, cached, at most in use, and calls to the system."},
+    {"memory_trim", memory_trim, METH_NOARGS, "Gives cached memory back to the system."},
+    {NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,71 @@
+/*
+ * module.h: what the files of the Python edge share. Each function here parses, lets the GIL go, calls the core, takes
+ * the GIL back and builds the result; nothing else lives in this folder.
+ */
+#ifndef BN_PYTHON_MODULE_H
+#define BN_PYTHON_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "tensor/tape.h"
+
+typedef struct bn_module_state {
+    PyTypeObject *tensor_type;
+    PyTypeObject *tape_type;
+    PyObject *shape_error; /* bitnet.ShapeError, a ValueError */
+} bn_module_state;
+
+extern PyModuleDef bn_module_def;
+
+static inline bn_module_state *bn_state(PyObject *module) { return PyModule_GetState(module); }
+/* The state of the module that an object's type (or a base of it) belongs to. Borrowed. */
+bn_module_state *bn_state_of(PyTypeObject *type);
+
+/* Sets the exception that a failed status stands for; returns NULL. */
+PyObject *bn_raise(const bn_module_state *state, bn_status status);
+
+/* Runs `expr` (a bn_status) without the GIL, the thread's tape pinned; `then` may run after it with the GIL held,
+ * before the tape may be cleared. */
+#define BN_WITHOUT_GIL(status, expr)                                                                                   \
+    do {                                                                                                               \
+        PyThreadState *bn_saved_thread = PyEval_SaveThread();                                                          \
+        (status) = (expr);                                                                                             \
+        PyEval_RestoreThread(bn_saved_thread);                                                                         \
+    } while (0)
+
+/* A Python object holding a core tensor. */
+typedef struct bn_py_tensor {
+    PyObject_HEAD bn_tensor *tensor;
+} bn_py_tensor;
+
+extern PyType_Spec bn_tensor_spec, bn_tape_spec;
+
+/* Returns new object around `tensor`, whose reference it takes (also on failure). */
+PyObject *bn_wrap(const bn_module_state *state, bn_tensor *tensor);
+/* Borrows the core tensor of a Tensor; NULL and a TypeError naming the argument for anything else. */
+bn_tensor *bn_unwrap(const bn_module_state *state, PyObject *object, const char *argument);
+/* As bn_unwrap, but None gives *out = NULL. Returns false with an exception set. */
+bool bn_unwrap_optional(const bn_module_state *state, PyObject *object, const char *argument, bn_tensor **out);
+/* A shape from a sequence of integers; -1 with an exception set. */
+int bn_parse_shape(PyObject *sequence, int64_t shape[BN_MAX_DIMS]);
+/* "f32" and so on; -1 with an exception set. */
+int bn_parse_dtype(PyObject *name);
+/* "cpu" or "cuda"; NULL with an exception set. */
+const bn_backend *bn_parse_device(const char *name);
+
+/* Methods of the module, by file. */
+extern PyMethodDef bn_op_methods[], bn_core_methods[];
+
+/* numpy_bridge.c. dtype -1: f32 for floats, i32 for integers. Returns new. */
+bool bn_numpy_init(void);
+bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype);
+/* Returns a new array: a view that writes through for a leaf, a copy otherwise or when asked. */
+PyObject *bn_tensor_to_array(const bn_module_state *state, PyObject *object, bool copy);
+
+/* dlpack.c */
+PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *bn_dlpack_device(PyObject *self, PyObject *unused);
+PyObject *bn_dlpack_import(PyObject *module, PyObject *source);
+
+#endif
