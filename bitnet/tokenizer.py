@@ -1,0 +1,455 @@
+"""Text to token ids and back: one interface, four tokenizers.
+
+ByteTokenizer needs no training, CharTokenizer is an alphabet, SentencePieceTokenizer is trained here or loaded from a
+`.model`, FileTokenizer runs a `tokenizer.json`. Those trained here give back exactly the text they were given; a
+loaded one is as exact as its own normalizer. Special tokens never come out of user text: "</s>" typed by a user is
+four characters. The libraries behind the last two are imported when first used.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from bitnet.errors import ConfigError, DataError
+
+SPECS = ("bytes", "chars", "sentencepiece", "sentencepiece-unigram")
+OWN_FILE = "bitnet_tokenizer.json"
+SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
+
+
+class DecodeStream(Protocol):
+    """Turns ids into text one at a time, holding back a character until all its bytes are there."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer(ABC):
+    """What the rest of the package asks of a tokenizer. bos_id opens a document, eos_id ends it; either may be None."""
+
+    name: str
+    vocab_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no bos, no eos."""
+
+    @abstractmethod
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of the ids: special tokens give none, bytes that are no UTF-8 give U+FFFD."""
+
+    @abstractmethod
+    def decode_stream(self) -> DecodeStream:
+        """A decoder for ids that come one at a time."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of what defines the tokenizer: equal fingerprints give equal ids."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> list[str]:
+        """Write what load_tokenizer(folder) needs and return the file names."""
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a whole document, between bos and eos where the tokenizer has them."""
+        bos = [] if self.bos_id is None else [self.bos_id]
+        eos = [] if self.eos_id is None else [self.eos_id]
+        return bos + self.encode(text) + eos
+
+    def checked(self, token: int) -> int:
+        if not 0 <= token < self.vocab_size:
+            raise DataError(f"token id {token} is outside this tokenizer's 0..{self.vocab_size - 1}")
+        return int(token)
+
+
+class ByteSpelledTokenizer(Tokenizer):
+    """A tokenizer each of whose ids stands for fixed bytes of UTF-8, so that decoding is joining them."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id, possibly part of a character; empty for a special token."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self.token_bytes(self.checked(token)) for token in tokens).decode("utf-8", "replace")
+
+    def decode_stream(self) -> DecodeStream:
+        return _ByteStream(self)
+
+
+class _ByteStream:
+    def __init__(self, tokenizer: ByteSpelledTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(self._tokenizer.checked(token)))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer(ByteSpelledTokenizer):
+    """Ids 0..255 are the bytes of UTF-8; id 256 ends a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def fingerprint(self) -> str:
+        return _sha256(b"bitnet bytes 1")
+
+    def save(self, folder: str | Path) -> list[str]:
+        return _write_json(folder, OWN_FILE, {"kind": self.name})
+
+
+class CharTokenizer(ByteSpelledTokenizer):
+    """One id per distinct character of the training text, in code point order; with `separator`, one more as eos."""
+
+    name = "chars"
+
+    def __init__(self, characters: str, separator: bool = False) -> None:
+        if not characters or list(characters) != sorted(set(characters)):
+            raise DataError("a character vocabulary is a non-empty string of distinct characters in code point order")
+        self.characters = characters
+        self.eos_id = len(characters) if separator else None
+        self.vocab_size = len(characters) + separator
+        self._ids = {character: i for i, character in enumerate(characters)}
+
+    @classmethod
+    def train(cls, documents: Iterable[str], separator: bool = False) -> CharTokenizer:
+        characters: set[str] = set()
+        for text in documents:
+            characters.update(text)
+        return cls("".join(sorted(characters)), separator)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as unknown:
+            character = unknown.args[0]
+            raise DataError(
+                f"character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} "
+                "characters of the training text"
+            ) from None
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token == self.eos_id else self.characters[token].encode()
+
+    def fingerprint(self) -> str:
+        return _sha256(json.dumps(["bitnet chars 1", self.characters, self.eos_id]).encode())
+
+    def save(self, folder: str | Path) -> list[str]:
+        fields = {"kind": self.name, "characters": self.characters, "separator": self.eos_id is not None}
+        return _write_json(folder, OWN_FILE, fields)
+
+
+class SentencePieceTokenizer(ByteSpelledTokenizer):
+    """A SentencePiece model. Those made by `train` have 0 unknown (never used), 1 bos, 2 eos, every byte, then pieces.
+
+    Decoding is done here from the bytes of each piece, not by the library, which would turn a literal U+2581 into a
+    space. Raises DataError if the model cannot be read.
+    """
+
+    name = "sentencepiece"
+
+    def __init__(self, model: bytes, source: str = "SentencePiece model") -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            processor: Any = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{source} is not a SentencePiece model: {_first_line(error)}") from None
+        self._model = model
+        self._processor = processor
+        self.vocab_size = processor.vocab_size()
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
+        self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
+        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        # LLaMA's models put a space before the text when encoding, so it is taken off again when decoding.
+        self._adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE)
+        space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        has_bytes = all(processor.is_byte(i) for i in space)
+        self._literal = space if has_bytes and not self._adds_space else None
+
+    @classmethod
+    def train(
+        cls, documents: Iterable[str], vocab_size: int, model_type: str = "bpe", every: int = 1
+    ) -> SentencePieceTokenizer:
+        """Learn pieces from every `every`-th stretch (about 4000 characters) of the documents.
+
+        Nothing is normalized; a character too rare for a piece of its own is spelled in bytes. The same text gives the
+        same model, byte for byte. A text too small for vocab_size gives a smaller vocabulary: look at `vocab_size`.
+        """
+        from sentencepiece import SentencePieceTrainer
+
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=islice(_stretches(documents), 0, None, every),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                # Indentation: with every run of 2..16 spaces 4096 pieces cover 2 % more Python than with 2, 4, 8, 16.
+                user_defined_symbols=[SPACE * n for n in range(2, 17)] + ["\t"],
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                max_sentence_length=1 << 20,
+                num_threads=4,  # fixed: unigram adds floats per thread
+                minloglevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            message = str(error)
+            if needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
+                message = f"vocab_size {vocab_size} is too small: this text needs at least {needed[1]}"
+                raise ConfigError(message) from None
+            if "sentences_.empty()" in message:
+                raise DataError("there is no text to train a tokenizer on") from None
+            raise ConfigError(f"SentencePiece cannot train {vocab_size} ids: {_first_line(error)}") from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        if self._literal is None or SPACE not in text:
+            ids: list[int] = self._processor.encode(text)
+            return ids
+        head, *rest = text.split(SPACE)
+        ids = self._processor.encode(head)
+        for part in rest:
+            ids += self._literal
+            ids += self._processor.encode(part)
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text = super().decode(tokens)
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def decode_stream(self) -> DecodeStream:
+        return _SpaceStrippingStream(self) if self._adds_space else _ByteStream(self)
+
+    def fingerprint(self) -> str:
+        return _sha256(self._model)
+
+    def save(self, folder: str | Path) -> list[str]:
+        (Path(folder) / "tokenizer.model").write_bytes(self._model)
+        return ["tokenizer.model"]
+
+    def _piece_bytes(self, token: int) -> bytes:
+        piece: str = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        if self._processor.is_unknown(token):
+            return "\ufffd".encode()
+        return b"" if self._processor.is_control(token) else piece.replace(SPACE, " ").encode()
+
+
+class _SpaceStrippingStream(_ByteStream):
+    _started = False
+
+    def push(self, token: int) -> str:
+        text = super().push(token)
+        if text and not self._started:
+            self._started = True
+            return text.removeprefix(" ")
+        return text
+
+
+class FileTokenizer(Tokenizer):
+    """A `tokenizer.json`; bos and eos are named by the `tokenizer_config.json` beside it, or by the caller.
+
+    Added tokens marked special are ordinary text to `encode`, and nothing to `decode`.
+    """
+
+    name = "file"
+
+    def __init__(
+        self, text: str, bos: str | None = None, eos: str | None = None, source: str = "tokenizer.json"
+    ) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend: Any = Backend.from_str(text)
+        except Exception as error:  # the library raises the bare class
+            raise DataError(f"{source} is not a tokenizer in this format: {_first_line(error)}") from None
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._text, self._backend = text, backend
+        self._names = {"bos_token": bos, "eos_token": eos}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise DataError(f"{source} has no tokens")
+        self.vocab_size = max(vocabulary.values()) + 1
+        for name in (bos, eos):
+            if name is not None and name not in vocabulary:
+                raise DataError(f"{source} has no token {name!r}, which its configuration names")
+        self.bos_id = None if bos is None else vocabulary[bos]
+        self.eos_id = None if eos is None else vocabulary[eos]
+
+    @classmethod
+    def load(cls, path: Path) -> FileTokenizer:
+        names: list[str | None] = [None, None]
+        config = path.with_name("tokenizer_config.json")
+        if config.is_file():
+            fields = _read_json(config)
+            for i, key in enumerate(("bos_token", "eos_token")):
+                value = fields.get(key)
+                names[i] = value.get("content") if isinstance(value, dict) else value
+        return cls(_read_text(path), names[0], names[1], str(path))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text: str = self._backend.decode([self.checked(token) for token in tokens], skip_special_tokens=True)
+        return text
+
+    def decode_stream(self) -> DecodeStream:
+        return _WindowStream(self)
+
+    def fingerprint(self) -> str:
+        return _sha256(json.dumps([self._text, self._names]).encode())
+
+    def save(self, folder: str | Path) -> list[str]:
+        (Path(folder) / "tokenizer.json").write_bytes(self._text.encode())
+        return ["tokenizer.json", *_write_json(folder, "tokenizer_config.json", self._names)]
+
+
+class _WindowStream:
+    """For a decoder known only as a function: decodes a short window of ids twice and hands out the difference."""
+
+    LONGEST = 8  # ids held back at most; a UTF-8 character has four bytes, so what is still broken then is broken
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._sent = 0  # ids whose text is out; they stay as context, since a first token may lose its space
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._fresh()
+        if text.endswith("\ufffd") and len(self._ids) - self._sent < self.LONGEST:
+            return ""
+        return self._release(text)
+
+    def flush(self) -> str:
+        return self._release(self._fresh())
+
+    def _fresh(self) -> str:
+        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._sent])) :]
+
+    def _release(self, text: str) -> str:
+        if text:
+            self._ids = self._ids[self._sent :]
+        self._sent = len(self._ids)
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Tokenizer saved in a folder, or of one file ending in `.model` or `.json`. Raises DataError naming the path."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in (OWN_FILE, "tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        if not found:
+            raise DataError(f"{path} holds no {OWN_FILE}, tokenizer.json or tokenizer.model")
+        path = found[0]
+    if not path.is_file():
+        raise DataError(f"there is no tokenizer at {path}")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path.read_bytes(), str(path))
+    if path.suffix != ".json":
+        raise DataError(f"{path} is no tokenizer: its name should end in .model or .json")
+    if path.name != OWN_FILE:
+        return FileTokenizer.load(path)
+    fields = _read_json(path)
+    kind, characters = fields.get("kind"), fields.get("characters")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "chars" and isinstance(characters, str):
+        return CharTokenizer(characters, fields.get("separator") is True)
+    raise DataError(f"{path} describes no tokenizer this version knows: kind {kind!r}")
+
+
+def build_tokenizer(spec: str, documents: Iterable[str], vocab_size: int, every: int = 1) -> Tokenizer:
+    """Tokenizer for a spec: one of SPECS, trained on the documents where it needs to be, or a path for load_tokenizer.
+
+    vocab_size and every (see SentencePieceTokenizer.train) matter to the SentencePiece specs only.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "chars":
+        return CharTokenizer.train(documents)
+    if spec == "sentencepiece":
+        return SentencePieceTokenizer.train(documents, vocab_size, "bpe", every)
+    if spec == "sentencepiece-unigram":
+        return SentencePieceTokenizer.train(documents, vocab_size, "unigram", every)
+    if not Path(spec).exists():
+        raise ConfigError(f"tokenizer {spec!r} is neither {', '.join(SPECS)} nor a file")
+    return load_tokenizer(spec)
+
+
+def _stretches(documents: Iterable[str]) -> Iterator[str]:
+    """Text as SentencePiece likes its sentences: short, cut between words, without the characters it reserves."""
+    for text in documents:
+        for part in re.split("[\t\0\u2581\u2585]", text):
+            yield from re.findall(r"(?s).{1,4000}(?!\S)|.{1,4000}", part)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return fields
+
+
+def _write_json(folder: str | Path, name: str, fields: dict[str, Any]) -> list[str]:
+    (Path(folder) / name).write_text(json.dumps(fields, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
+    return [name]
