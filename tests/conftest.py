@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: every instruction set this CPU has, and thread counts that divide work unevenly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# PyTorch reads this when it is first imported. Its matrices here are tiny, and idle OpenMP threads that spin beside a
+# busy one made a half-second of conditioning take twenty on a loaded machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # Asked for at collection, and only where a test wants it: the list needs the extension.
+    if "isa" in metafunc.fixturenames:
+        import bitnet
+
+        metafunc.parametrize("isa", bitnet.isa_names(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test under each instruction set, then goes back to the one chosen at import."""
+    import bitnet
+
+    before = bitnet.current_isa()
+    bitnet.use_isa(request.param)
+    yield request.param
+    bitnet.use_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test with 1, 2 and 5 threads (five leaves ragged pieces), then goes back to the default."""
+    import bitnet
+
+    before = bitnet.get_threads()
+    bitnet.set_threads(request.param)
+    yield request.param
+    bitnet.set_threads(before)

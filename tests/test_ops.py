@@ -1,0 +1,174 @@
+"""Every op, forward and backward, against NumPy in float64 and against PyTorch; integer products for equality."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import adamw, attention, bitlinear, linear, rmsnorm
+from reference.cases import Case, U, all_cases, grid_weight, off_ties
+
+import bitnet
+
+CASES = list(all_cases())
+
+
+def run(case: Case, dy: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The op's result and the gradients of sum(dy * y)."""
+    tensors = [bitnet.tensor(x, requires_grad=i in case.differentiable) for i, x in enumerate(case.inputs)]
+    y = getattr(bitnet.ops, case.op)(*tensors, *case.plain)
+    value = y.numpy().copy()
+    if case.differentiable:
+        (y * bitnet.tensor(dy.astype(np.float32))).sum().backward()
+    return value, [tensors[i].grad.numpy() for i in case.differentiable]
+
+
+def assert_within(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_numpy(case: Case) -> None:
+    """Tolerance: Case.tolerance, (chain length + 16) float32 roundings of the largest result."""
+    inputs = case.in_float64()
+    want = case.forward(*inputs)
+    dy = np.random.default_rng(6).normal(size=want.shape).astype(np.float32)
+    got, gradients = run(case, dy)
+    assert_within(got, want, case.tolerance(want))
+    if case.differentiable:
+        for gradient, expected in zip(gradients, case.backward(dy.astype(np.float64), *inputs), strict=True):
+            assert_within(gradient, expected, case.tolerance(expected))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_torch(case: Case) -> None:
+    """The same in PyTorch's float32: twice the tolerance, since either side may err by one."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the second opinion")
+    from reference.torch_ops import OPS
+
+    tensors = [torch.from_numpy(x.copy()) for x in case.inputs]
+    for index in case.differentiable:
+        tensors[index].requires_grad_()
+    y = OPS[case.op](*tensors, *case.plain)
+    want = y.detach().numpy()
+    dy = np.random.default_rng(7).normal(size=want.shape).astype(np.float32)
+    got, gradients = run(case, dy)
+    assert_within(got, want, 2 * case.tolerance(want))
+    if case.differentiable:
+        (y * torch.from_numpy(np.asarray(dy))).sum().backward()
+    for index, gradient in zip(case.differentiable, gradients, strict=True):
+        expected = tensors[index].grad.numpy()
+        assert_within(gradient, expected, 2 * case.tolerance(expected))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_bitlinear_is_an_exact_integer_product(rows: int, inner: int, outer: int, seed: int) -> None:
+    """Equal to NumPy, not close: same int8 and ternary codes (ties included), exact sum, one float epilogue.
+
+    A third of the activations sit on a tie: an integer and a half in a row whose absmax is 127. The weights' mean
+    magnitude is exact in float32, so the order of its sum cannot matter.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, inner)).astype(np.float32)
+    x[::3] = rng.integers(-126, 126, x[::3].shape) + np.float32(0.5)
+    x[::3, 0] = 127
+    w = grid_weight(rng, (outer, inner), 0.0234375)
+    got = bitnet.ops.bitlinear(bitnet.tensor(x), bitnet.tensor(w)).numpy()
+    np.testing.assert_array_equal(got, bitlinear.forward(x, w))
+
+
+lengths, few = st.integers(1, 80), st.integers(1, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, lengths, lengths, st.sampled_from(["linear", "bitlinear"]), st.integers(0, 2**32 - 1))
+def test_products_of_any_shape(rows: int, inner: int, outer: int, op: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, w = off_ties(rng.normal(size=(rows, inner)).astype(np.float32)), grid_weight(rng, (outer, inner), 0.5)
+    test_against_numpy(Case(op, (x, w), max(rows, inner, outer), (0, 1)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(few, st.integers(1, 140), few, few, st.integers(1, 20), st.integers(0, 99))
+def test_attention_of_any_shape(batch: int, time: int, kv: int, group: int, half: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(batch, time, h, 2 * half)).astype(np.float32) for h in (kv * group, kv, kv))
+    test_against_numpy(Case("attention", (q, k, v), (time + 2 * half) * group, (0, 1, 2)))
+
+
+def test_attention_with_huge_scores_does_not_overflow() -> None:
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.normal(size=(1, 100, 2, 8)).astype(np.float32) * s for s in (1e3, 1e3, 1))
+    got = bitnet.ops.attention(bitnet.tensor(q), bitnet.tensor(k), bitnet.tensor(v)).numpy()
+    # Scores reach 1e6, where one float32 rounding is 0.06: a softmax over them is good to that, not better.
+    np.testing.assert_allclose(got, attention.forward(*(x.astype(float) for x in (q, k, v))), atol=0.3)
+
+
+def test_a_value_used_twice_gets_both_gradients() -> None:
+    rng = np.random.default_rng(9)
+    x, w = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(4, 4)).astype(np.float32)
+    tx, tw = bitnet.tensor(x, requires_grad=True), bitnet.tensor(w, requires_grad=True)
+    h = bitnet.ops.linear(tx, tw)
+    (h * h + bitnet.ops.linear(h, tw)).sum().backward()
+    x64, w64 = x.astype(float), w.astype(float)
+    y = linear.forward(x64, w64)
+    dh, dw = linear.backward(np.ones((3, 4)), y, w64)
+    dx, dw_first = linear.backward(dh + 2 * y, x64, w64)
+    np.testing.assert_allclose(tx.grad.numpy(), dx, atol=40 * U * np.abs(dx).max())
+    np.testing.assert_allclose(tw.grad.numpy(), dw + dw_first, atol=40 * U * np.abs(dw + dw_first).max())
+
+
+def test_backward_adds_into_a_leaf() -> None:
+    gain = bitnet.tensor(np.ones(5, np.float32), requires_grad=True)
+    x = np.arange(10, dtype=np.float32).reshape(2, 5)
+    total = np.zeros(5)
+    for factor in (1, 3):
+        bitnet.ops.rmsnorm(bitnet.tensor(factor * x), gain).sum().backward()
+        total += rmsnorm.backward(np.ones((2, 5)), factor * x.astype(float), np.ones(5))[1]
+        np.testing.assert_allclose(gain.grad.numpy(), total, rtol=1e-6)
+
+
+def test_operators_and_methods_are_the_ops() -> None:
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(size=(3, 5)).astype(np.float32), rng.normal(size=(3, 5)).astype(np.float32)
+    ta, tb = bitnet.tensor(a), bitnet.tensor(b)
+    np.testing.assert_array_equal((ta + tb).numpy(), a + b)
+    np.testing.assert_array_equal((ta - tb).numpy(), a - b)
+    np.testing.assert_array_equal((ta * tb).numpy(), a * b)
+    np.testing.assert_array_equal((ta * 3.0).numpy(), a * np.float32(3))
+    np.testing.assert_array_equal((2.0 * ta).numpy(), a * np.float32(2))
+    np.testing.assert_array_equal((ta / 4).numpy(), a / np.float32(4))
+    np.testing.assert_array_equal((-ta).numpy(), -a)
+    np.testing.assert_array_equal(ta.transpose().numpy(), a.T)
+    np.testing.assert_array_equal(ta.reshape(5, 3).numpy(), a.reshape(5, 3))
+    np.testing.assert_array_equal(ta.softmax().numpy(), bitnet.ops.softmax(ta).numpy())
+    np.testing.assert_array_equal((ta @ tb.transpose()).numpy(), bitnet.ops.matmul(ta, tb.transpose()).numpy())
+    assert ta.sum().item() == bitnet.ops.sum(ta).item()
+    assert ta.mean().item() == bitnet.ops.mean(ta).item()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_adamw_against_numpy(max_norm: float) -> None:
+    """Ten clipped steps. Each update is lr times a ratio near one, good to some ten roundings; the rest adds up."""
+    rng = np.random.default_rng(11)
+    start = {"matrix": rng.normal(size=(7, 9)), "gain": rng.normal(size=33)}
+    want = {name: value.astype(np.float32).astype(np.float64) for name, value in start.items()}
+    params = {name: bitnet.nn.Parameter(value.astype(np.float32)) for name, value in want.items()}
+    states = {name: adamw.State(np.zeros(value.shape), np.zeros(value.shape)) for name, value in want.items()}
+    optimizer = bitnet.optim.AdamW(list(params.items()), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for _ in range(10):
+        grads = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in want.items()}
+        optimizer.zero_grad()
+        for name, p in params.items():
+            (p * bitnet.tensor(grads[name])).sum().backward()
+        norm, factor = adamw.clip_factor([g.astype(np.float64) for g in grads.values()], max_norm)
+        assert optimizer.clip_grad_norm(max_norm) == pytest.approx(norm, rel=1e-6)
+        optimizer.step()
+        for name, g in grads.items():
+            decay = 0.1 if g.ndim == 2 else 0.0  # matrices only
+            want[name] = adamw.step(want[name], g * factor, states[name], 0.01, weight_decay=decay)
+            np.testing.assert_allclose(params[name].numpy(), want[name], rtol=0, atol=100 * U)
