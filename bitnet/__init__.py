@@ -1,6 +1,7 @@
 """BitNet b1.58: ternary language models, trained and run in integer arithmetic.
 
-The names most people need; `bitnet.nn`, `bitnet.optim`, `bitnet.ops` and the command line (`bitnet --help`) hold the rest.
+The names most people need; `bitnet.nn`, `bitnet.optim`, `bitnet.ops` and the command line (`bitnet --help`) hold the
+rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from bitnet._core import (
     set_threads,
     use_isa,
 )
-from bitnet.model import BitNetConfig, BitNetForCausalLM
+from bitnet.config import BitNetConfig
+from bitnet.model import BitNetForCausalLM
 from bitnet.ops import no_grad, tensor, zeros
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'bitnet' has no attribute {name!r}")
+
 
 __all__ = [
     "BitNetConfig",

@@ -99,7 +99,9 @@ class Module:
         own = dict(self.named_parameters())
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
-            raise KeyError(f"load_state_dict: missing {missing[:5]} ({len(missing)}), unknown {unknown[:5]} ({len(unknown)})")
+            raise KeyError(
+                f"load_state_dict: missing {missing[:5]} ({len(missing)}), unknown {unknown[:5]} ({len(unknown)})"
+            )
         for name, parameter in own.items():
             shape = tuple(np.shape(state[name]))
             if shape != parameter.shape:
@@ -196,9 +198,13 @@ class TernaryStats:
 class Linear(Module):
     """y = x W^T (+ bias), W (out_features, in_features) f32; initial values N(0, 1 / in_features)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, weight: Parameter | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, weight: Parameter | None = None
+    ) -> None:
         if min(in_features, out_features) < 1:
-            raise ShapeError(f"{type(self).__name__}: {in_features} inputs and {out_features} outputs; both are at least 1")
+            raise ShapeError(
+                f"{type(self).__name__}: {in_features} inputs and {out_features} outputs; both are at least 1"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.weight = normal((out_features, in_features), in_features**-0.5) if weight is None else weight
         self.bias = Parameter(ops.zeros((out_features,))) if bias else None
@@ -219,10 +225,9 @@ class Linear(Module):
 
 
 class BitLinear(Linear):
-    """A Linear whose weights are ternary and whose activations are int8: a drop-in that trains by straight-through gradients.
+    """A Linear with ternary weights and int8 activations: a drop-in that trains by straight-through gradients.
 
-    `weight` is the latent f32 matrix; its codes are clamp(round(weight / mean|weight|), -1, 1). use_rms_norm puts an
-    RMSNorm without gain before the quantization, as the BitNet b1.58 training notes do.
+    `weight` is the latent f32 matrix; its codes are clamp(round(weight / mean|weight|), -1, 1).
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
 

@@ -1,8 +1,8 @@
-"""The operations on tensors: shapes, equations, sources. Each records itself on the current tape when a gradient is wanted.
+"""The operations on tensors: shapes, equations, sources. Each records itself when a gradient is wanted.
 
 Arguments called tokens, targets and start may be integer arrays; everything else is a Tensor. B batch, T time, H query
-heads, KV key/value heads, D head dimension, V vocabulary. All raise ShapeError when shapes do not fit and TypeError for a
-wrong dtype; the sentence names the values.
+heads, KV key/value heads, D head dimension, V vocabulary. All raise ShapeError when shapes do not fit and TypeError for
+a wrong dtype; the sentence names the values.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Integers | None = None) -> 
 def attention(q: Tensor, k: Tensor, v: Tensor, start: Integers | None = None) -> Tensor:
     """Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, without a T x T matrix.
 
-    q (B, T, H, D); k, v (B, S, KV, D) -> (B, T, H, D). Query t of sequence b is at position start[b] + t and sees the keys
-    up to it. Without start: S == T, and gradients flow. With start (a KV cache): forward only.
+    q (B, T, H, D); k, v (B, S, KV, D) -> (B, T, H, D). Query t of sequence b is at position start[b] + t and sees the
+    keys up to it. Without start: S == T, and gradients flow. With start (a KV cache): forward only.
     """
     return _core.attention(q, k, v, None if start is None else _integers(start))
 

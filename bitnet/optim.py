@@ -15,8 +15,8 @@ from bitnet.nn import Module, Parameter
 class AdamW:
     """Adam with decoupled weight decay on matrices (biases and gains do not decay), one fused pass over all parameters.
 
-    parameters: a Module, or (name, Parameter) pairs. Their values move into one flat buffer (self.flat), matrices first,
-    and their gradients into another (self.flat_grad): a norm, an all-reduce or a step is one pass over memory.
+    parameters: a Module, or (name, Parameter) pairs. Their values move into one flat buffer (self.flat), matrices
+    first, and their gradients into another (self.flat_grad): a norm, an all-reduce or a step is one pass over memory.
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
 

@@ -1,0 +1,99 @@
+"""What defines a model, and the shapes that have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from bitnet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BitNetConfig:
+    """What defines a model. Names are those of published config.json files; see PRESETS for published shapes."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None  # None: as many as heads
+    hidden_act: str = "silu"  # or "relu2"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    linear: str = "bitlinear"  # "linear": the full-precision twin
+    quantize_head: bool = False  # the output head is a bitlinear too
+    input_norms: bool = True  # RMSNorm before attention and feed-forward
+    sub_norms: bool = True  # RMSNorm before o_proj and down_proj
+    use_rms_norm: bool = False  # RMSNorm without gain inside every projection, before its quantization
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+        for name in [*sizes.split(), "max_position_embeddings"]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} must be an even multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.kv_heads}"
+            )
+        for name, allowed in {"hidden_act": ("silu", "relu2"), "linear": ("bitlinear", "linear")}.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @staticmethod
+    def preset(name: str, **changes: Any) -> BitNetConfig:
+        """A named shape with fields replaced."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
+        return PRESETS[name].replace(**changes)
+
+    def replace(self, **changes: Any) -> BitNetConfig:
+        """A copy with some fields changed; an unknown field is an error that names it."""
+        known = {field.name for field in fields(self)}
+        unknown = sorted(changes.keys() - known)
+        if unknown:
+            raise ConfigError(f"unknown config field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
+            changes["num_key_value_heads"] = None
+        return replace(self, **changes)
+
+
+def _paper(hidden: int, ffn: int, layers: int, heads: int) -> BitNetConfig:
+    return BitNetConfig(32002, hidden, ffn, layers, heads, tie_word_embeddings=True)
+
+
+PRESETS: dict[str, BitNetConfig] = {
+    "char": BitNetConfig(65, 384, 1024, 2, 6, max_position_embeddings=1024, sub_norms=False),
+    "nano": BitNetConfig(32000, 256, 688, 4, 8),
+    "125m": BitNetConfig(32000, 768, 2048, 12, 12),
+    "350m": BitNetConfig(32000, 1024, 2736, 24, 16),
+    # Ma et al. 2024, arXiv 2402.17764, as published by 1bitLLM (bitnet_b1_58-large, -xl, -3B).
+    "700m": _paper(1536, 4096, 24, 16),
+    "1.3b": _paper(2048, 5460, 24, 32),
+    "3b": _paper(3200, 8640, 26, 32),
+    # microsoft/bitnet-b1.58-2B-4T.
+    "2b-4t": BitNetConfig(128256, 2560, 6912, 30, 20, 5, "relu2", 4096, rope_theta=500000.0, tie_word_embeddings=True),
+}

@@ -1,0 +1,202 @@
+"""The model, top to bottom: what a block computes, in its order, with the names of published checkpoints.
+
+    x = x + o_proj(sub_norm(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h))))     h = input_layernorm(x)
+    x = x + down_proj(sub_norm(act(gate_proj(h)) * up_proj(h)))                          h = post_attention_layernorm(x)
+
+Every *_proj is a BitLinear, or a Linear in the full-precision twin. Shapes: B batch, T time, C hidden_size, H heads,
+KV key/value heads, D head size, F intermediate_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitnet import nn, ops
+from bitnet._core import ShapeError, Tensor
+from bitnet.config import BitNetConfig
+
+
+class KVCache:
+    """Keys and values of past tokens, by layer, (B, capacity, KV, D), and each sequence's next position."""
+
+    def __init__(self, config: BitNetConfig, batch: int, capacity: int) -> None:
+        shape = (batch, capacity, config.kv_heads, config.head_dim)
+        self.batch, self.capacity = batch, capacity
+        self.layers = [(ops.zeros(shape), ops.zeros(shape)) for _ in range(config.num_hidden_layers)]
+        self.start = ops.zeros((batch,), "i32")  # read by the ops when they run, so a recorded step can be replayed
+
+
+class Factory:
+    """Makes the parts of one model: each parameter's initial values are a function of (seed, its name)."""
+
+    def __init__(self, config: BitNetConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def matrix(self, name: str, rows: int, cols: int) -> nn.Parameter:
+        """N(0, initializer_range^2)."""
+        return nn.normal((rows, cols), self.config.initializer_range, self.seed, f"{name}.weight")
+
+    def projection(self, name: str, in_features: int, out_features: int) -> nn.Linear:
+        """A ternary layer, or a plain one in the twin."""
+        layer = nn.BitLinear if self.config.linear == "bitlinear" else nn.Linear
+        return layer(in_features, out_features, weight=self.matrix(name, out_features, in_features))
+
+    def norm(self, wanted: bool, size: int) -> nn.RMSNorm | None:
+        """A norm where the config places one."""
+        return nn.RMSNorm(size, self.config.rms_norm_eps) if wanted else None
+
+
+class Rope:
+    """Rotary tables for max_position_embeddings positions."""
+
+    def __init__(self, config: BitNetConfig) -> None:
+        self.cos, self.sin = ops.rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
+
+    def __call__(self, x: Tensor, start: Tensor | None) -> Tensor:
+        return ops.rope(x, self.cos, self.sin, start)
+
+
+def inner_norm(config: BitNetConfig, x: Tensor) -> Tensor:
+    """The norm without gain inside a projection (use_rms_norm); projections of one input share it."""
+    return ops.rmsnorm(x, None, config.rms_norm_eps) if config.use_rms_norm else x
+
+
+def _apply(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, make: Factory, name: str) -> None:
+        c = make.config
+        self.config = c
+        kv = c.kv_heads * c.head_dim
+        self.q_proj = make.projection(f"{name}.q_proj", c.hidden_size, c.hidden_size)
+        self.k_proj = make.projection(f"{name}.k_proj", c.hidden_size, kv)
+        self.v_proj = make.projection(f"{name}.v_proj", c.hidden_size, kv)
+        self.o_proj = make.projection(f"{name}.o_proj", c.hidden_size, c.hidden_size)
+        self.attn_sub_norm = make.norm(c.sub_norms, c.hidden_size)
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        batch, time, _ = x.shape
+        d = self.config.head_dim
+        x = inner_norm(self.config, x)
+        q = self.q_proj(x).reshape(batch, time, -1, d)
+        k = self.k_proj(x).reshape(batch, time, -1, d)
+        v = self.v_proj(x).reshape(batch, time, -1, d)
+        start = None if cache is None else cache.start
+        q, k = rope(q, start), rope(k, start)
+        if cache is not None:
+            keys, values = cache.layers[layer]
+            k, v = ops.cache_append(k, keys, cache.start), ops.cache_append(v, values, cache.start)
+        out = ops.attention(q, k, v, start).reshape(batch, time, -1)
+        out = inner_norm(self.config, _apply(self.attn_sub_norm, out))
+        return self.o_proj(out)
+
+
+class FeedForward(nn.Module):
+    """down_proj(sub_norm(act(gate_proj(x)) * up_proj(x)))."""
+
+    def __init__(self, make: Factory, name: str) -> None:
+        c = make.config
+        self.config = c
+        self.gate_proj = make.projection(f"{name}.gate_proj", c.hidden_size, c.intermediate_size)
+        self.up_proj = make.projection(f"{name}.up_proj", c.hidden_size, c.intermediate_size)
+        self.down_proj = make.projection(f"{name}.down_proj", c.intermediate_size, c.hidden_size)
+        self.ffn_sub_norm = make.norm(c.sub_norms, c.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        gate = ops.relu2 if self.config.hidden_act == "relu2" else ops.swiglu
+        x = inner_norm(self.config, x)
+        hidden = gate(self.gate_proj(x), self.up_proj(x))
+        hidden = inner_norm(self.config, _apply(self.ffn_sub_norm, hidden))
+        return self.down_proj(hidden)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each around a residual."""
+
+    def __init__(self, make: Factory, name: str) -> None:
+        c = make.config
+        self.input_layernorm = make.norm(c.input_norms, c.hidden_size)
+        self.self_attn = Attention(make, f"{name}.self_attn")
+        self.post_attention_layernorm = make.norm(c.input_norms, c.hidden_size)
+        self.mlp = FeedForward(make, f"{name}.mlp")
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.self_attn(_apply(self.input_layernorm, x), rope, cache, layer)
+        return x + self.mlp(_apply(self.post_attention_layernorm, x))
+
+
+class BitNetModel(nn.Module):
+    """Embedding, blocks, final norm: tokens (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, make: Factory) -> None:
+        c = make.config
+        table = make.matrix("model.embed_tokens", c.vocab_size, c.hidden_size)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, table)
+        self.layers = nn.ModuleList(Block(make, f"model.layers.{i}") for i in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.rope = Rope(c)
+
+    def forward(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, C)."""
+        x: Tensor = self.embed_tokens(tokens)
+        if len(x.shape) != 3:
+            raise ShapeError(f"tokens must have shape (B, T), not {x.shape[:-1]}")
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rope, cache, i)
+        return self.norm(x)
+
+
+class BitNetForCausalLM(nn.Module):
+    """A language model: model(tokens) gives logits (B, T, V), model(tokens, targets) the mean loss in nats.
+
+    tokens, targets: integers (B, T), targets already shifted by one, -100 where no loss is wanted. Initial weights are
+    a function of (config, seed).
+    """
+
+    def __init__(self, config: BitNetConfig, seed: int = 0) -> None:
+        self.config = config
+        make = Factory(config, seed)
+        self.model = BitNetModel(make)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            weight = make.matrix("lm_head", config.vocab_size, config.hidden_size)
+            layer = nn.BitLinear if config.quantize_head else nn.Linear
+            self.lm_head = layer(config.hidden_size, config.vocab_size, weight=weight)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The output matrix (V, C): lm_head's, or the embedding's where they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def head_input(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
+        """What the output head reads: hidden states after the final norm, (B, T, C)."""
+        hidden: Tensor = self.model(tokens, cache)
+        return inner_norm(self.config, hidden) if self.config.quantize_head else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) -> (..., V)."""
+        head = ops.bitlinear if self.config.quantize_head else ops.linear
+        return head(hidden, self.head_weight)
+
+    def forward(
+        self, tokens: ops.Integers, targets: ops.Integers | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V), or with targets the mean loss, a scalar in nats."""
+        hidden = self.head_input(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        return ops.cross_entropy(hidden, self.head_weight, targets, self.config.quantize_head)
+
+    def generate(self, prompt: str | Sequence[int], max_new_tokens: int = 200, **options: Any) -> str:
+        """The text that continues a prompt; options and defaults are those of bitnet.decoding.generate."""
+        from bitnet.decoding import generate
+
+        return generate(self, prompt, max_new_tokens, **options)
