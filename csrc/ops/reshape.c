@@ -1,14 +1,9 @@
 /* reshape.c: another shape over the same memory, both ways. */
 #include "ops/op.h"
 
-static bn_status forward(bn_node *n) {
-    (void)n;
-    return BN_OK; /* the output is a window on the input's memory */
-}
-
 static bn_status backward(bn_node *n) { return bn_grad_pass(n->inputs[0], n->output->grad); }
 
-const bn_op bn_op_reshape = {"reshape", forward, backward};
+const bn_op bn_op_reshape = {"reshape", NULL, backward};
 
 /* Replaces a single -1 by what the other dimensions leave. */
 static bn_status infer(const bn_tensor *x, int ndim, int64_t *shape) {
@@ -27,6 +22,10 @@ static bn_status infer(const bn_tensor *x, int ndim, int64_t *shape) {
                            (long long)known);
         }
         shape[unknown] = x->count / known;
+    } else if (known != x->count) {
+        bn_shape_text text;
+        return bn_fail(BN_ERR_SHAPE, "reshape: %s has %lld elements, the new shape has %lld", bn_shape_print(x, &text),
+                       (long long)x->count, (long long)known);
     }
     return BN_OK;
 }

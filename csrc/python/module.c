@@ -11,6 +11,10 @@ static int add_types(PyObject *module, bn_module_state *state) {
     if (state->tensor_type == NULL || state->tape_type == NULL) {
         return -1;
     }
+    /* Or NumPy would take `array * tensor` for its own, by way of the buffer, and lose the gradient without a word. */
+    if (PyObject_SetAttrString((PyObject *)state->tensor_type, "__array_ufunc__", Py_None) < 0) {
+        return -1;
+    }
     return PyModule_AddType(module, state->tensor_type) < 0 || PyModule_AddType(module, state->tape_type) < 0 ? -1 : 0;
 }
 

@@ -60,8 +60,14 @@ extern PyMethodDef bn_op_methods[], bn_core_methods[];
 /* numpy_bridge.c. dtype -1: f32 for floats, i32 for integers. Returns new. */
 bool bn_numpy_init(void);
 bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype);
+/* A Python or NumPy real number, not an array. */
+bool bn_is_number(PyObject *object);
 /* Returns a new array: a view that writes through for a leaf, a copy otherwise or when asked. */
 PyObject *bn_tensor_to_array(const bn_module_state *state, PyObject *object, bool copy);
+
+/* buffer.c */
+int bn_tensor_getbuffer(PyObject *self, Py_buffer *view, int flags);
+void bn_tensor_releasebuffer(PyObject *self, Py_buffer *view);
 
 /* dlpack.c */
 PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs);

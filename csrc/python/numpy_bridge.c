@@ -6,6 +6,11 @@
 
 bool bn_numpy_init(void) { return PyArray_ImportNumPyAPI() == 0; }
 
+bool bn_is_number(PyObject *object) {
+    return PyFloat_Check(object) || PyLong_Check(object) || PyArray_IsScalar(object, Floating) ||
+           PyArray_IsScalar(object, Integer);
+}
+
 /* The element type of our tensor for an array of this type, or -1. */
 static int natural_dtype(const PyArrayObject *array) {
     const int type = PyArray_TYPE(array);

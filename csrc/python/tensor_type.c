@@ -1,5 +1,5 @@
 /*
- * tensor_type.c: bitnet.Tensor: a heap type around a core tensor. Attributes, the buffer protocol, operators;
+ * tensor_type.c: bitnet.Tensor: a heap type around a core tensor: attributes, values in and out, operators;
  * everything that computes goes through the ops.
  */
 #include "python/module.h"
@@ -263,68 +263,6 @@ static PyObject *tensor_backward(PyObject *self, PyObject *args, PyObject *kwarg
     Py_RETURN_NONE;
 }
 
-/* ---- buffer protocol ---------------------------------------------------------------------------------------- */
-
-/* Shape and strides of one exported view. */
-typedef struct buffer_block {
-    bool writable;
-    Py_ssize_t shape[BN_MAX_DIMS], strides[BN_MAX_DIMS];
-} buffer_block;
-
-static int tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
-    static char *const formats[] = {[BN_F32] = "f", [BN_I8] = "b", [BN_I32] = "i"};
-    static const Py_ssize_t sizes[] = {[BN_F32] = 4, [BN_I8] = 1, [BN_I32] = 4};
-    bn_tensor *t = core(self);
-    view->obj = NULL;
-    if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2) {
-        PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; convert to f32", bn_dtype_name(t->dtype));
-        return -1;
-    }
-    const bool writable = bn_is_leaf(t);
-    if (!writable && (flags & PyBUF_WRITABLE) == PyBUF_WRITABLE) {
-        PyErr_SetString(PyExc_BufferError, "the result of an op is read-only; copy it");
-        return -1;
-    }
-    buffer_block *block = PyMem_Malloc(sizeof *block);
-    if (block == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    Py_ssize_t stride = sizes[t->dtype];
-    for (int i = t->ndim - 1; i >= 0; i--) {
-        block->shape[i] = (Py_ssize_t)t->shape[i];
-        block->strides[i] = stride;
-        stride *= block->shape[i];
-    }
-    block->writable = writable;
-    if (writable) {
-        atomic_fetch_add(&t->storage->exports, 1);
-    }
-    /* The view keeps this tensor's storage: flattening refuses to move a storage with views. */
-    view->buf = bn_data(t);
-    view->obj = Py_NewRef(self);
-    view->len = (Py_ssize_t)bn_tensor_bytes(t);
-    view->itemsize = sizes[t->dtype];
-    view->readonly = !writable;
-    view->ndim = t->ndim;
-    view->format = (flags & PyBUF_FORMAT) == PyBUF_FORMAT ? formats[t->dtype] : NULL;
-    view->shape = (flags & PyBUF_ND) == PyBUF_ND ? block->shape : NULL;
-    view->strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES ? block->strides : NULL;
-    view->suboffsets = NULL;
-    view->internal = block;
-    return 0;
-}
-
-static void tensor_releasebuffer(PyObject *self, Py_buffer *view) {
-    const buffer_block *block = view->internal;
-    if (block->writable) {
-        bn_storage *storage = core(self)->storage;
-        bn_storage_touch(storage);
-        atomic_fetch_sub(&storage->exports, 1);
-    }
-    PyMem_Free(view->internal);
-}
-
 /* ---- operators ---------------------------------------------------------------------------------------------- */
 
 typedef bn_status (*binary_fn)(bn_tensor *a, bn_tensor *b, bn_tensor **out);
@@ -382,7 +320,7 @@ static PyObject *nb_multiply(PyObject *a, PyObject *b) {
         return tensor_op(a, b, bn_mul);
     }
     PyObject *number = left ? b : a;
-    if (!PyFloat_Check(number) && !PyLong_Check(number)) {
+    if (!bn_is_number(number)) {
         Py_RETURN_NOTIMPLEMENTED;
     }
     const double factor = PyFloat_AsDouble(number);
@@ -390,7 +328,7 @@ static PyObject *nb_multiply(PyObject *a, PyObject *b) {
 }
 
 static PyObject *nb_divide(PyObject *a, PyObject *b) {
-    if (!is_tensor(a) || (!PyFloat_Check(b) && !PyLong_Check(b))) {
+    if (!is_tensor(a) || !bn_is_number(b)) {
         Py_RETURN_NOTIMPLEMENTED;
     }
     const double divisor = PyFloat_AsDouble(b);
@@ -500,16 +438,18 @@ static PyObject *tensor_to(PyObject *self, PyObject *name) {
     return finish(state_of(self), tape, status, result);
 }
 
-/* The values in whatever dtype NumPy has for them, without recording anything. */
+/* The values in whatever dtype NumPy has for them, recorded nowhere. */
 static PyObject *printable_array(PyObject *self) {
     const bn_tensor *t = core(self);
     if (t->dtype != BN_BF16 && t->dtype != BN_TERNARY2) {
         return bn_tensor_to_array(state_of(self), self, true);
     }
     bn_tensor *converted = NULL;
+    bn_tape *tape = bn_tape_suspend();
     bn_grad_disable();
     bn_status status = bn_convert(core(self), BN_F32, &converted);
     bn_grad_enable();
+    bn_tape_resume(tape);
     if (status != BN_OK) {
         return bn_raise(state_of(self), status);
     }
@@ -566,8 +506,8 @@ static PyType_Slot slots[] = {
     {Py_tp_repr, tensor_repr},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_bf_getbuffer, tensor_getbuffer},
-    {Py_bf_releasebuffer, tensor_releasebuffer},
+    {Py_bf_getbuffer, bn_tensor_getbuffer},
+    {Py_bf_releasebuffer, bn_tensor_releasebuffer},
     {Py_nb_add, nb_add},
     {Py_nb_subtract, nb_subtract},
     {Py_nb_multiply, nb_multiply},

@@ -1,6 +1,7 @@
 /* tape.c: recording, replaying and walking back over ops. */
 #include "tensor/tape.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,21 +9,22 @@ struct bn_tape {
     bn_node *nodes;
     int64_t length, capacity;
     bool is_explicit;
-    atomic_int held; /* tensors recorded here that Python holds */
-    int pins;        /* calls running on it: it may not be cleared under them */
-    bn_tape *outer;  /* what was current before this explicit tape was entered */
+    atomic_int held;  /* tensors recorded here that Python holds */
+    atomic_int lives; /* those, and the thread or object whose tape it is: the last to go frees an implicit tape */
+    int pins;         /* calls running on it: it may not be cleared under them */
+    bn_tape *outer;   /* what was current before this explicit tape was entered */
     bool entered;
 };
 
-static _Thread_local bn_tape implicit_tape;
-static _Thread_local bn_tape *entered_tape; /* NULL: the implicit one */
+static _Thread_local bn_tape *implicit_tape; /* made on first use */
+static _Thread_local bn_tape *entered_tape;  /* NULL: the implicit one */
+static pthread_key_t implicit_key;           /* for its destructor: tells when a thread ends */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
 static _Thread_local int grad_disabled;
 
 void bn_grad_disable(void) { grad_disabled++; }
 void bn_grad_enable(void) { grad_disabled--; }
 bool bn_grad_is_enabled(void) { return grad_disabled == 0; }
-
-static bn_tape *current_tape(void) { return entered_tape != NULL ? entered_tape : &implicit_tape; }
 
 bool bn_tape_makes(const bn_tensor *tensor) { return entered_tape == NULL || tensor->tape == entered_tape; }
 
@@ -52,6 +54,7 @@ static void consume(bn_tape *tape, bn_node *node) {
     bn_tensor *output = node->output;
     if (atomic_load(&output->handles) > 0) {
         atomic_fetch_sub(&tape->held, 1);
+        atomic_fetch_sub(&tape->lives, 1); /* not the last: whoever consumes nodes has one */
     }
     output->tape = NULL;
     output->node = -1;
@@ -69,6 +72,36 @@ static void clear(bn_tape *tape) {
     }
 }
 
+static void free_tape(bn_tape *tape) {
+    clear(tape);
+    free(tape->nodes);
+    free(tape);
+}
+
+static void let_go(void *tape) {
+    if (atomic_fetch_sub(&((bn_tape *)tape)->lives, 1) == 1) {
+        free_tape(tape);
+    }
+}
+
+static void make_key(void) { (void)pthread_key_create(&implicit_key, let_go); }
+
+static bn_status current_tape(bn_tape **out) {
+    *out = entered_tape != NULL ? entered_tape : implicit_tape;
+    if (*out != NULL) {
+        return BN_OK;
+    }
+    pthread_once(&once, make_key);
+    bn_tape *tape = calloc(1, sizeof *tape);
+    if (tape == NULL || pthread_setspecific(implicit_key, tape) != 0) {
+        free(tape);
+        return bn_fail(BN_ERR_MEMORY, "out of memory for this thread's tape");
+    }
+    atomic_init(&tape->lives, 1);
+    *out = implicit_tape = tape;
+    return BN_OK;
+}
+
 /* The implicit tape of nobody's tensors is empty. */
 static void clear_if_unheld(bn_tape *tape) {
     if (!tape->is_explicit && atomic_load(&tape->held) == 0 && tape->pins == 0) {
@@ -79,6 +112,7 @@ static void clear_if_unheld(bn_tape *tape) {
 void bn_tensor_hold(bn_tensor *tensor) {
     if (atomic_fetch_add(&tensor->handles, 1) == 0 && tensor->tape != NULL) {
         atomic_fetch_add(&tensor->tape->held, 1);
+        atomic_fetch_add(&tensor->tape->lives, 1);
     }
 }
 
@@ -87,16 +121,23 @@ void bn_tensor_drop(bn_tensor *tensor) {
         bn_tape *tape = tensor->tape;
         atomic_fetch_sub(&tape->held, 1);
         clear_if_unheld(tape);
+        let_go(tape);
     }
 }
 
 bn_tape *bn_tape_pin(void) {
-    bn_tape *tape = current_tape();
+    bn_tape *tape;
+    if (current_tape(&tape) != BN_OK) {
+        return NULL; /* the op that is pinned for will fail in the same way, and say so */
+    }
     tape->pins++;
     return tape;
 }
 
 void bn_tape_unpin(bn_tape *tape) {
+    if (tape == NULL) {
+        return;
+    }
     tape->pins--;
     clear_if_unheld(tape);
 }
@@ -107,6 +148,7 @@ bn_status bn_tape_new(bn_tape **out) {
         return bn_fail(BN_ERR_MEMORY, "out of memory for a tape");
     }
     (*out)->is_explicit = true;
+    atomic_init(&(*out)->lives, 1);
     return BN_OK;
 }
 
@@ -114,9 +156,10 @@ void bn_tape_free(bn_tape *tape) {
     if (tape == NULL) {
         return;
     }
-    clear(tape);
-    free(tape->nodes);
-    free(tape);
+    if (tape->entered) {
+        bn_tape_leave(tape);
+    }
+    free_tape(tape);
 }
 
 bn_status bn_tape_enter(bn_tape *tape) {
@@ -130,9 +173,19 @@ bn_status bn_tape_enter(bn_tape *tape) {
 }
 
 void bn_tape_leave(bn_tape *tape) {
-    tape->entered = false;
-    entered_tape = tape->outer;
+    if (tape->entered) {
+        tape->entered = false;
+        entered_tape = tape->outer;
+    }
 }
+
+bn_tape *bn_tape_suspend(void) {
+    bn_tape *tape = entered_tape;
+    entered_tape = NULL;
+    return tape;
+}
+
+void bn_tape_resume(bn_tape *tape) { entered_tape = tape; }
 
 int64_t bn_tape_length(const bn_tape *tape) { return tape->length; }
 
@@ -166,12 +219,16 @@ static bn_status refuse_other_tapes(const bn_tape *tape, const bn_node *node) {
 }
 
 static bn_status run_forward(bn_node *node) {
+    if (node->op->forward == NULL) {
+        return BN_OK;
+    }
     bn_storage_touch(node->output->storage);
     return node->op->forward(node);
 }
 
 bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
-    bn_tape *tape = current_tape();
+    bn_tape *tape;
+    BN_NODE_TRY(node, current_tape(&tape));
     const bool grad = node->op->backward != NULL && bn_wants_grad(node->inputs, BN_NODE_INPUTS);
     const bool record = grad || tape->is_explicit;
     bn_status status = record ? refuse_other_tapes(tape, node) : BN_OK;

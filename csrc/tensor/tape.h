@@ -21,7 +21,7 @@ typedef struct bn_node bn_node;
 /* What an op is. Both functions read shapes and parameters from the node, fill argument structs and launch kernels. */
 typedef struct bn_op {
     const char *name;
-    bn_status (*forward)(bn_node *node);
+    bn_status (*forward)(bn_node *node);  /* NULL: the output is a window on an input, nothing is written */
     bn_status (*backward)(bn_node *node); /* NULL: no gradient flows through it */
 } bn_op;
 
@@ -64,11 +64,14 @@ bool bn_tape_makes(const bn_tensor *tensor);
 
 /* Returns new. Outputs recorded on it stay alive until it is freed. */
 BN_CHECKED bn_status bn_tape_new(bn_tape **out);
-/* Accepts NULL. Tensors recorded on it become leaves without history. */
+/* Accepts NULL. Tensors recorded on it become leaves without history. Leaves it first if it is still entered. */
 void bn_tape_free(bn_tape *tape);
 /* Makes an explicit tape this thread's current one; bn_tape_leave restores what was before. Entering twice fails. */
 BN_CHECKED bn_status bn_tape_enter(bn_tape *tape);
 void bn_tape_leave(bn_tape *tape);
+/* No explicit tape on this thread until bn_tape_resume, which is given the result. */
+bn_tape *bn_tape_suspend(void);
+void bn_tape_resume(bn_tape *tape);
 int64_t bn_tape_length(const bn_tape *tape);
 const char *bn_tape_op_name(const bn_tape *tape, int64_t node);
 
@@ -86,7 +89,8 @@ bool bn_grad_is_enabled(void);
 /*
  * For the Python edge, which calls these with the GIL held. An object holds `tensor`, or drops it: when the last object
  * of an implicit tape's tensors is gone, its nodes go too. Around a call that gives the GIL away the tape is pinned:
- * another thread's drop may not clear it meanwhile.
+ * another thread's drop may not clear it meanwhile. A thread's implicit tape outlives the thread while objects hold its
+ * tensors.
  */
 void bn_tensor_hold(bn_tensor *tensor);
 void bn_tensor_drop(bn_tensor *tensor);
