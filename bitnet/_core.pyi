@@ -1,0 +1,255 @@
+"""The C core: tensors, tapes, ops and kernels (csrc/python). Use the names of the package `bitnet` instead.
+
+B batch, T time, S positions of a cache, C channels, H query heads, KV key/value heads, D head dimension, V vocabulary.
+dtype is one of "f32", "bf16", "i8", "i32", "ternary2"; device is "cpu" or "cuda".
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Protocol, Self, final, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+from typing_extensions import CapsuleType
+
+class ShapeError(ValueError):
+    """Tensors whose shapes do not fit an operation."""
+
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self) -> CapsuleType: ...
+
+class Tensor:
+    """Dense row-major numbers on a device."""
+
+    __array_ufunc__: None  # NumPy leaves operators on a Tensor to the Tensor
+    def __new__(cls, data: ArrayLike | Tensor, dtype: str | None = None, requires_grad: bool = False) -> Self:
+        """data: an array or nested lists (copied; floats become f32, integers i32), or a Tensor (shared)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def is_leaf(self) -> bool:
+        """True unless the tensor was made by a recorded op."""
+
+    @property
+    def requires_grad(self) -> bool: ...
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None: ...
+    @property
+    def grad(self) -> Tensor | None:
+        """The accumulated gradient, f32 of the same shape. Can be set to None only."""
+
+    @grad.setter
+    def grad(self, value: None) -> None: ...
+    def numpy(self, copy: bool = False) -> np.ndarray[Any, Any]:
+        """The values as an array: shared with a leaf (writes go through), copied from the result of an op."""
+
+    def item(self) -> float:
+        """The value of a one-element tensor as a Python number: an int from i8 and i32."""
+
+    def copy_(self, source: ArrayLike | Tensor, /) -> Self:
+        """Copies values of the same shape into this tensor."""
+
+    def detach(self) -> Tensor:
+        """The same memory without history."""
+
+    def backward(self, factor: float = 1.0) -> None:
+        """Adds factor * d(self)/d(leaf) to the gradient of every leaf that requires one. self: one element."""
+
+    def sum(self) -> Tensor: ...
+    def mean(self) -> Tensor: ...
+    def softmax(self) -> Tensor: ...
+    def transpose(self) -> Tensor:
+        """(..., m, n) -> (..., n, m), a copy."""
+
+    @overload
+    def reshape(self, *shape: int) -> Tensor: ...
+    @overload
+    def reshape(self, shape: Sequence[int], /) -> Tensor: ...
+    def to(self, dtype: str, /) -> Tensor: ...
+    def __add__(self, other: Tensor, /) -> Tensor:
+        """Equal shapes, or one of the two a row added to every row of the other."""
+
+    def __radd__(self, other: Tensor, /) -> Tensor: ...
+    def __sub__(self, other: Tensor, /) -> Tensor: ...
+    def __rsub__(self, other: Tensor, /) -> Tensor: ...
+    def __mul__(self, other: Tensor | float, /) -> Tensor: ...
+    def __rmul__(self, other: Tensor | float, /) -> Tensor: ...
+    def __truediv__(self, other: float, /) -> Tensor: ...
+    def __rtruediv__(self, other: Any, /) -> Tensor: ...
+    def __matmul__(self, other: Tensor, /) -> Tensor: ...
+    def __rmatmul__(self, other: Tensor, /) -> Tensor: ...
+    def __neg__(self) -> Tensor: ...
+    def __float__(self) -> float: ...
+    def __len__(self) -> int: ...
+    def __bool__(self) -> NoReturn: ...
+    def __getitem__(self, key: Any, /) -> NoReturn: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
+    ) -> CapsuleType: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+@final
+class Tape:
+    """Records ops so that they can be replayed without Python: same tensors, new values.
+
+    with Tape() as tape:
+        loss = model(tokens, targets)
+    loss.backward()
+    tokens.copy_(next_tokens); tape.replay(); loss.backward()
+    """
+
+    def __new__(cls) -> Self: ...
+    def __enter__(self) -> Self:
+        """Start recording every op of this thread."""
+
+    def __exit__(self, *exception: object) -> None: ...
+    def replay(self) -> None:
+        """Run every recorded op again, in order, into the same tensors."""
+
+    @property
+    def ops(self) -> list[str]:
+        """Names of the recorded ops, in order."""
+
+    def __len__(self) -> int: ...
+
+# ---- ops: bitnet/ops.py says what each computes ----
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens i32 (...), weight (V, C) -> (..., C)."""
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in), weight (out, in) -> (..., out)."""
+
+def bitlinear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in), latent weight (out, in) -> (..., out)."""
+
+def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x (..., C), weight (C)."""
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
+    """x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B)."""
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """q (B, T, H, D); k, v (B, S, KV, D); start i32 (B) -> (B, T, H, D)."""
+
+def cache_append(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
+    """x (B, T, KV, D) into cache (B, S, KV, D) at start i32 (B); returns the cache."""
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor: ...
+def relu2(gate: Tensor, up: Tensor) -> Tensor: ...
+def add(a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """alpha * a + beta * b; b of a's shape, or a row."""
+
+def mul(a: Tensor, b: Tensor) -> Tensor: ...
+def scale(x: Tensor, factor: float) -> Tensor: ...
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k), b (k, n) -> (..., m, n)."""
+
+def sum(x: Tensor) -> Tensor: ...
+def mean(x: Tensor) -> Tensor: ...
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor: ...
+def transpose(x: Tensor) -> Tensor: ...
+def softmax(x: Tensor) -> Tensor: ...
+def convert(x: Tensor, dtype: str) -> Tensor: ...
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ternary: bool = False) -> Tensor:
+    """x (..., C), head weight (V, C), targets i32, one a row of x -> scalar."""
+
+# ---- making tensors ----
+
+def empty(shape: Sequence[int], dtype: str = "f32", device: str = "cpu") -> Tensor:
+    """A tensor of zeros."""
+
+def fill_normal(tensor: Tensor, seed: int, stream: int, a: float, b: float) -> None:
+    """Fills an f32 leaf: mean a, deviation b; element i is a function of (seed, stream, i)."""
+
+def fill_uniform(tensor: Tensor, seed: int, stream: int, a: float, b: float) -> None:
+    """Fills an f32 leaf: uniform in [a, b)."""
+
+def from_dlpack(source: _SupportsDLPack, /) -> Tensor:
+    """A tensor over another library's memory (CPU, dense)."""
+
+def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (positions, head_dim / 2)."""
+
+# ---- ternary weights: latent f32 (out, in) ----
+
+def ternary_stats(weight: Tensor, /) -> tuple[int, int, int, int, float]:
+    """(minus, zero, plus, flipped, scale)."""
+
+def ternary_codes(weight: Tensor, /) -> Tensor:
+    """i8 (out, in)."""
+
+def pack_ternary(codes: Tensor, /) -> Tensor:
+    """i8 -> ternary2, four codes a byte."""
+
+# ---- the optimizer's kernels ----
+
+def flatten(parameters: Iterable[Tensor], /) -> tuple[Tensor, Tensor]:
+    """Moves parameters into one buffer, each to a multiple of 16 elements; returns (flat values, flat gradients)."""
+
+def zero_grad(parameters: Iterable[Tensor], /) -> None:
+    """Marks the gradients as zero; the next writer overwrites them."""
+
+def settle_grad(parameters: Iterable[Tensor], /) -> None:
+    """Clears the memory of gradients that are marked zero."""
+
+def clip_grad_norm(grad: Tensor, max_norm: float, norm: Tensor, factor: Tensor, /) -> None:
+    """grad flat; norm and factor (1) are written: factor = min(1, max_norm / (norm + 1e-6)), 1 if max_norm <= 0."""
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    factor: Tensor,
+    *,
+    step: int,
+    decay_end: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step over flat tensors of equal size; weight decay holds for the first decay_end elements."""
+
+# ---- this thread's recording ----
+
+def disable_grad() -> None: ...
+def enable_grad() -> None: ...
+def is_grad_enabled() -> bool: ...
+
+# ---- the machine ----
+
+def set_threads(count: int, /) -> None:
+    """Threads that kernels use, 0 for the default. Never changes a result."""
+
+def get_threads() -> int: ...
+def isa_names() -> list[str]:
+    """Instruction sets this CPU can run, weakest first."""
+
+def use_isa(name: str, /) -> None:
+    """Never changes a result."""
+
+def current_isa() -> str: ...
+def has_cuda() -> bool: ...
+def memory_stats() -> dict[str, int]:
+    """Bytes in_use, cached for reuse, high_water (most in use), and system_calls (blocks taken from the system)."""
+
+def memory_trim() -> None:
+    """Gives cached memory back to the system."""
