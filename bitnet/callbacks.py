@@ -1,0 +1,240 @@
+"""What happens beside training: the progress bar, metrics.jsonl, samples and pictures.
+
+A callback sees the trainer at four moments. Those that write into the run folder first take back what a killed run
+wrote beyond its last checkpoint, so a resumed run's files have every step once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnet.errors import BitnetError
+
+if TYPE_CHECKING:
+    from bitnet.trainer import Record, Trainer
+
+SMOOTHING = 0.9  # of the loss shown: about the last ten steps
+
+
+class Callback:
+    """Override what is wanted."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Training begins, or goes on, at trainer.step."""
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        """A step is done; record["val_loss"] is a number if it was followed by an evaluation."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """A checkpoint was written."""
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        """Training ends; not complete after an interrupt or an error."""
+
+
+def standard_callbacks(out: Path | None, plots: bool = True) -> list[Callback]:
+    """Progress everywhere, files where there is a run folder."""
+    if out is None:
+        return [Progress()]
+    # Metrics first: it restores the history that the others look at.
+    files: list[Callback] = [Metrics(out / "metrics.jsonl"), Progress(), Samples(out / "samples.txt")]
+    return [*files, Pictures(out / "plots")] if plots else files
+
+
+def smoothed(losses: list[float], start: float | None = None) -> list[float]:
+    """Exponential moving average of a loss curve."""
+    out: list[float] = []
+    for loss in losses:
+        start = loss if start is None else SMOOTHING * start + (1 - SMOOTHING) * loss
+        out.append(start)
+    return out
+
+
+class Progress(Callback):
+    """A bar in a terminal or notebook, and a line for each evaluation; where output goes to a file, the lines alone."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._loss: float | None = None
+        self._shown: dict[str, str] = {}
+        self._log: Callable[[str], None] = print
+
+    def on_start(self, trainer: Trainer) -> None:
+        with warnings.catch_warnings():  # a notebook without widgets gets the plain bar, which needs no advice
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
+
+            wanted = sys.stderr.isatty() or "ipykernel" in sys.modules
+            self._bar = tqdm(
+                total=trainer.config.steps, initial=trainer.logged_step, desc="training", unit="step",
+                disable=not wanted, dynamic_ncols=True, smoothing=0.1,
+            )  # fmt: skip
+        self._log, self._shown = trainer.log, {}
+        losses = [record["train_loss"] for record in trainer.history]
+        self._loss = smoothed(losses)[-1] if losses else None
+        if wanted and trainer.log is print:
+            trainer.log = self._bar.write
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        self._loss = smoothed([record["train_loss"]], self._loss)[0]
+        shown = self._shown
+        shown["loss"] = f"{self._loss:.3f}"
+        if record["val_loss"] is not None:
+            shown["val"] = f"{record['val_loss']:.3f}"
+            shown["ppl"] = f"{record['perplexity']:.4g}"
+        shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
+        if record["zero_share"] is not None:
+            shown["zeros"] = f"{record['zero_share']:.1%}"
+            shown["flips"] = f"{record['flip_share']:.2%}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if record["val_loss"] is not None:
+            facts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            trainer.log(f"step {record['step']:>{len(str(trainer.config.steps))}}/{trainer.config.steps}  {facts}")
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            trainer.log = self._log
+
+
+class Metrics(Callback):
+    """metrics.jsonl: one record a line, written when its step is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []  # what a full disk did not take yet
+
+    def on_start(self, trainer: Trainer) -> None:
+        kept = [record for record in read_metrics(self.path) if record["step"] <= trainer.logged_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(_line(record) for record in kept))
+        partial.replace(self.path)
+        trainer.history[:] = kept
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        self._waiting.append(_line(record))
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                trainer.log(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            trainer.log(f"warning: {len(self._waiting)} lines of {self.path} are lost: {error.strerror}")
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            data = "".join(self._waiting).encode()
+            try:
+                if os.write(file, data) < len(data):
+                    raise OSError(28, "the disk is full")
+            except OSError:
+                os.ftruncate(file, size)  # no half lines
+                raise
+        finally:
+            os.close(file)
+        self._waiting.clear()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The records of a metrics.jsonl, [] if there is none; a last line cut short by a crash is left out."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
+    return records
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+class Samples(Callback):
+    """samples.txt: what the model writes after each evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        heads = [m for m in re.finditer(r"^=== step (\d+), ", text, re.MULTILINE) if int(m[1]) > trainer.logged_step]
+        if heads:
+            self.path.write_text(text[: heads[0].start()], encoding="utf-8")
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        tokens = trainer.config.sample_tokens
+        if record["val_loss"] is None or tokens == 0:
+            return
+        from bitnet.decoding import generate
+
+        prompt = trainer.sample_prompt()
+        try:
+            text = generate(
+                trainer.model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95,
+                seed=record["step"], tokenizer=trainer.tokenizer,
+            )  # fmt: skip
+        except BitnetError as error:  # a prompt the tokenizer cannot spell is no reason to stop training
+            text = f"(no sample: {error})"
+        trainer.samples.append(prompt + text)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"=== step {record['step']}, validation loss {record['val_loss']:.4f}\n{prompt}{text}\n\n")
+
+
+class Pictures(Callback):
+    """plots/*.png: drawn at the end and with checkpoints, at most once in two minutes. Drawing takes about a second."""
+
+    PAUSE_SECONDS = 120.0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._drawn = -math.inf
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._drawn = time.monotonic()
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        rescuing = trainer.logged_step < trainer.step
+        if not trainer.over and not rescuing and time.monotonic() - self._drawn > self.PAUSE_SECONDS:
+            self._draw(trainer)
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        if complete and trainer.history:
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        from bitnet import plots
+
+        try:
+            plots.draw_all(self.folder, trainer.model, trainer.history, trainer.config.compare)
+        except OSError as error:
+            trainer.log(f"warning: no pictures in {self.folder}: {error.strerror}")
+        self._drawn = time.monotonic()

@@ -1,0 +1,308 @@
+"""Checkpoints: everything a run needs to go on, in a folder that is either complete or not there.
+
+    RUN/checkpoints/step-00000500/
+        config.json            the model's shape, in the style of published checkpoints
+        model.safetensors      latent f32 weights under their published names
+        optimizer.safetensors  both moments (m.NAME, v.NAME) and the step count
+        state.json             step, loader position, seed, options, best loss
+        tokenizer files, SHA256SUMS (as `sha256sum -c` reads it)
+
+A checkpoint is written under a hidden temporary name, every file and the folder synced, then renamed: after a crash at
+any moment the folders with a step's name are whole. Checksums catch what happens to them later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet.config import BitNetConfig
+from bitnet.errors import BitnetError, CheckpointError
+from bitnet.model import BitNetForCausalLM
+from bitnet.tokenizer import Tokenizer, load_tokenizer
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+CONFIG, WEIGHTS, OPTIMIZER, STATE, SUMS = (
+    "config.json", "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS",
+)  # fmt: skip
+PARTIAL = ".partial-"
+# Fields of config.json that published checkpoints have; the others are this project's and have defaults.
+PUBLISHED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings"
+).split()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from one checkpoint folder, its checksums verified."""
+
+    path: Path
+    config: BitNetConfig
+    weights: Arrays
+    state: dict[str, Any]
+    tokenizer: Tokenizer | None
+    optimizer: Arrays | None = None
+
+    def model(self) -> BitNetForCausalLM:
+        """The model; its attributes tokenizer (or None), checkpoint (the folder), step and trained_seq_len say more."""
+        model = BitNetForCausalLM(self.config)
+        try:
+            model.load_state_dict(self.weights)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.path / WEIGHTS} does not fit {CONFIG}: {error.args[0]}") from None
+        trained = self.state.get("config", {}).get("seq_len")
+        vars(model).update(
+            tokenizer=self.tokenizer, checkpoint=self.path, step=self.state.get("step"), trained_seq_len=trained
+        )
+        return model
+
+
+def from_pretrained(path: str | Path) -> BitNetForCausalLM:
+    """Opens a run folder (its newest complete checkpoint) or a checkpoint folder.
+
+    The model's attribute `tokenizer` is the one it was trained with. CheckpointError names what is missing or damaged.
+    """
+    folder = Path(path)
+    for is_format, read in FORMATS:
+        if is_format(folder):
+            return read(folder).model()
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}")
+    raise CheckpointError(f"{folder} is neither a run (no folder checkpoints) nor a checkpoint (no {CONFIG})")
+
+
+def newest(run: Path, log: Callable[[str], None] | None = None, optimizer: bool = False) -> Checkpoint:
+    """The newest checkpoint of a run that is whole; damaged newer ones are reported (to `log`, else as warnings)."""
+    damage = []
+    for step in reversed(steps(run)):
+        try:
+            found = load(folder_of(run, step), optimizer)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for message in damage:
+            message = f"{message}; using {found.path.name} instead"
+            if log is not None:
+                log(f"warning: {message}")
+            else:
+                warnings.warn(message, stacklevel=2)
+        return found
+    raise CheckpointError(damage[0] if damage else f"run {run} has no checkpoint yet")
+
+
+def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
+    """Reads one checkpoint folder; the optimizer's state only when asked for."""
+    folder = Path(folder)
+    wanted = [CONFIG, WEIGHTS, STATE] + [OPTIMIZER] * optimizer
+    missing = [name for name in [*wanted, SUMS] if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {', '.join(missing)}")
+    sums = _read_sums(folder)
+    for name in wanted + sorted(sums.keys() - {OPTIMIZER, *wanted}):
+        if name not in sums:
+            raise CheckpointError(f"{folder / SUMS} does not list {name}")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+        if _sha256(folder / name) != sums[name]:
+            raise CheckpointError(f"{folder / name} is damaged: its checksum differs from the one in {SUMS}")
+    try:
+        tokenizer = load_tokenizer(folder) if sums.keys() - {CONFIG, WEIGHTS, STATE, OPTIMIZER} else None
+    except BitnetError as error:
+        raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {error}") from None
+    return Checkpoint(
+        folder,
+        read_config(folder / CONFIG),
+        _read_arrays(folder / WEIGHTS),
+        _read_json(folder / STATE),
+        tokenizer,
+        _read_arrays(folder / OPTIMIZER) if optimizer else None,
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+# What from_pretrained opens: a test of the folder, and its reader.
+FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [(_is_run, newest), (_is_checkpoint, load)]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(
+    run: str | Path,
+    step: int,
+    model: BitNetForCausalLM,
+    optimizer: Arrays,
+    state: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """Writes RUN/checkpoints/step-NNNNNNNN and returns it. Raises CheckpointError (a full disk), leaving no trace."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    target = folder_of(run, step)
+    partial = target.with_name(PARTIAL + target.name)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_text(partial / CONFIG, json.dumps(config_json(model.config, tokenizer), indent=2) + "\n")
+        save_file(model.state_dict(), partial / WEIGHTS, {"format": "pt"})
+        save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
+        _write_text(partial / STATE, json.dumps(state, indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        names = sorted(path.name for path in partial.iterdir())
+        _write_text(partial / SUMS, "".join(f"{_sha256(partial / name)}  {name}\n" for name in names))
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        old = target.with_name(PARTIAL + "old-" + target.name)
+        if target.exists():  # the same step, saved again
+            target.rename(old)
+        partial.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"checkpoint {target} could not be written: {reason}") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def prune(run: str | Path, keep: int, best: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and the one of step `best`."""
+    for step in steps(run)[:-keep]:
+        if step != best:
+            # Renamed first: a removal that is cut short leaves no folder with a step's name.
+            folder = folder_of(run, step)
+            shutil.rmtree(folder.rename(folder.with_name(PARTIAL + folder.name)), ignore_errors=True)
+
+
+def clean(run: str | Path) -> None:
+    """Removes what a killed process left half-written."""
+    for folder in Path(run, "checkpoints").glob(PARTIAL + "*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside_newer(used: Checkpoint, log: Callable[[str], None]) -> None:
+    """Renames the damaged checkpoints that are newer than the one in use, so that the run can write theirs again."""
+    run = used.path.parent.parent
+    for step in steps(run):
+        if step > used.state["step"]:
+            folder = folder_of(run, step)
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log(f"{folder.name} is set aside as {aside.name}")
+
+
+def steps(run: str | Path) -> list[int]:
+    """Steps that have a checkpoint, rising."""
+    folder = Path(run, "checkpoints")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
+
+
+def folder_of(run: str | Path, step: int) -> Path:
+    return Path(run, "checkpoints", f"step-{step:08d}")
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+
+def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The fields of published BitNet checkpoints, and this project's own."""
+    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **asdict(config)}
+    out |= {"use_cache": True, "torch_dtype": "float32"}
+    if tokenizer is not None:
+        out |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if config.linear == "bitlinear":
+        out["quantization_config"] = {
+            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
+            "use_rms_norm": config.use_rms_norm, "rms_norm_eps": config.rms_norm_eps,
+        }  # fmt: skip
+    return out
+
+
+def read_config(path: Path) -> BitNetConfig:
+    """The model's shape from a config.json. Raises CheckpointError naming the field that is missing or wrong."""
+    values = _read_json(path)
+    missing = [name for name in PUBLISHED if name not in values]
+    if missing:
+        raise CheckpointError(f"{path} is not the config of a BitNet model: it has no {', '.join(missing)}")
+    try:
+        return BitNetConfig(**{f.name: values[f.name] for f in fields(BitNetConfig) if f.name in values})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for line in (folder / SUMS).read_text(errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
+        if not found:
+            raise CheckpointError(f"{folder / SUMS} is damaged: {line[:80]!r} is not a checksum and a file name")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return values
+
+
+def _read_arrays(path: Path) -> Arrays:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no handle of a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,305 @@
+"""Command line `bitnet train`: text to tokens, tokens to a model, in a run folder that can always be resumed.
+
+    RUN/train.yaml      every option as used        RUN/data/         the packed text (unless --data is a pack)
+    RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, samples.txt, plots/*.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bitnet._core import current_isa, get_threads, has_cuda, set_threads
+from bitnet.config import BitNetConfig
+from bitnet.data_cli import pack
+from bitnet.errors import BitnetError, CheckpointError, ConfigError
+from bitnet.model import BitNetForCausalLM
+from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
+from bitnet.shard import MANIFEST
+from bitnet.tokenizer import load_tokenizer
+from bitnet.trainer import Interrupted, Interrupts, Trainer, TrainerConfig
+
+T = TypeVar("T")
+
+OPTIONS_FILE = "train.yaml"
+DEFAULT_VOCAB = 4096
+
+EXAMPLES = """\
+examples:
+  bitnet train                                          the default: Python's standard library, a small model
+  bitnet train --data book.txt --tokenizer chars --preset char --minutes 10
+  bitnet train --data texts/ more.jsonl --preset 125m --grad-accum 8 --steps 20000
+  bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
+  bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
+  bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
+
+Ctrl-C ends at once and keeps what is done. Same options and text, same bytes: on any CPU, stopped or not.
+"""
+
+GROUPS: tuple[tuple[str, type, str], ...] = (
+    ("text and model", RunConfig, ""),
+    ("training", TrainerConfig, ""),
+    ("model shape, over the preset's", BitNetConfig, "Any field of BitNetConfig by its name."),
+)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags: one for every option, each a text that run_config.parse understands."""
+    parser = argparse.ArgumentParser(
+        prog="bitnet train",
+        usage="bitnet train [--data PATH ...] [--preset NAME] [--steps N | --minutes X] [--out DIR | --resume DIR] ...",
+        description="Train a ternary language model. With no flags: a complete small run, a few minutes on two cores.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", help="run folder to make (runs/PRESET-TEXT-NNN)")
+    run.add_argument("--resume", metavar="DIR", help="run folder to go on with; other flags change its options")
+    run.add_argument("--config", metavar="FILE", help="YAML file of options, under the names of these flags")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any option by name; repeatable")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    seen: set[str] = set()
+    for title, group, about in GROUPS:
+        section = parser.add_argument_group(title, about or None)
+        for field in fields(group):
+            if field.name in seen:
+                continue
+            seen.add(field.name)
+            kind = str(field.type)
+            metavars = {"float": "X", "int": "N"}
+            extra: dict[str, Any] = {"metavar": metavars.get(kind.removesuffix(" | None"), "TEXT")}
+            if kind == "bool":
+                extra = {"nargs": "?", "const": "true", "metavar": "true|false"}
+            elif kind.startswith("tuple"):
+                extra = {"nargs": "+", "metavar": "PATH"}
+            section.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=_help(field), **extra)
+    return parser
+
+
+def _help(field: Any) -> str:
+    text = str(field.metadata.get("help", "")).replace("%", "%%")
+    if field.default in (MISSING, None, ()) or field.name in _MODEL_NAMES or str(field.type) == "bool":
+        return text
+    return f"{text} ({field.default})" if text else f"({field.default})"
+
+
+_MODEL_NAMES = {field.name for field in fields(BitNetConfig)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C, 143 after SIGTERM."""
+    parser = arguments()
+    args, unknown = parser.parse_known_args(_normalized(sys.argv[1:] if argv is None else argv))
+    try:
+        if unknown:
+            if unknown[0].startswith("--"):
+                parse(unknown[0].removeprefix("--").partition("=")[0], "", " on the command line")
+            raise ConfigError(f"{unknown[0]!r} on the command line belongs to no flag")
+        train(args)
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("\ninterrupted; a run that had begun goes on with --resume", file=sys.stderr)
+        return 130
+    except (BitnetError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _normalized(argv: Sequence[str]) -> list[str]:
+    """--hidden_size is --hidden-size."""
+    out = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        out.append((flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value)
+    return out
+
+
+def train(args: argparse.Namespace) -> Trainer:
+    """Runs the command; returns the trainer when it is done."""
+    given = options_given(args)
+    if args.resume is not None:
+        if args.out is not None or args.config is not None:
+            raise ConfigError("--resume goes on in its own folder with its own options: leave --out and --config away")
+        out = Path(args.resume)
+        if not (out / OPTIONS_FILE).is_file():
+            raise CheckpointError(f"{out} is no run to resume: it has no {OPTIONS_FILE}")
+        settings = Settings.of(resumed(read_yaml(out / OPTIONS_FILE), given, out))
+    else:
+        settings = Settings.of({**(read_yaml(args.config) if args.config else {}), **given})
+        out = _make_folder(settings, args.out)
+        write_yaml(out / OPTIONS_FILE, settings)
+    try:
+        trainer = _set_up(settings, out, args.resume is not None)
+    except BitnetError:
+        if args.resume is None:  # it never began
+            shutil.rmtree(out)
+        raise
+    before = trainer.step
+    trainer.fit()
+    _conclude(trainer, before)
+    return trainer
+
+
+def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
+    """Text, tokenizer, model, and the trainer at the step where it begins; prints what was chosen."""
+    set_threads(settings.run.threads)
+    print(f"cpu: {current_isa()}, {get_threads()} threads; {'CUDA' if has_cuda() else 'no CUDA in this build'}")
+    print(f"run: {out}", flush=True)
+    folder = _interruptible(lambda: prepare(settings, out), out)
+    trainer = build(settings, folder, out)
+    if resume:
+        trainer.resume()
+    trainer.plan()
+    write_yaml(out / OPTIONS_FILE, replace(settings, trainer=trainer.config))
+    _introduce(trainer)
+    return trainer
+
+
+def options_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were set by flags."""
+    pairs = [(name, value) for name, value in vars(args).items() if name in OPTIONS and value is not None]
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs NAME=VALUE, not {text!r}")
+        pairs.append((name.strip().replace("-", "_"), value))
+    options = {name: parse(name, value, " on the command line") for name, value in pairs}
+    if "data" in options:  # the run may be resumed from another folder
+        options["data"] = tuple(str(Path(path).resolve()) for path in options["data"])
+    return options
+
+
+def _make_folder(settings: Settings, out: str | None) -> Path:
+    """The run folder, new: an existing run is never written over."""
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} already exists: go on with --resume {folder}, or choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = f"{settings.run.preset}-{settings.run.stem}" + "-twin" * settings.run.twin
+    number = 1
+    while True:
+        folder = Path("runs", f"{name}-{number:03d}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def prepare(settings: Settings, out: Path) -> Path:
+    """The packed text: packed now into the run folder, unless it is there or `data` is a pack."""
+    run = settings.run
+    if (out / "data" / MANIFEST).is_file():  # written last: the pack is whole
+        return out / "data"
+    if len(run.data) == 1 and (Path(run.data[0]) / MANIFEST).is_file():
+        return Path(run.data[0])
+    return pack(
+        list(run.data) or run.recipe or "stdlib",
+        out / "data",
+        run.tokenizer,
+        run.vocab_size or DEFAULT_VOCAB,
+        seq_len=settings.trainer.seq_len,
+        val_fraction=run.val_fraction,
+        separator=run.separator,
+        max_bytes=None if run.max_mb is None else int(run.max_mb * 1e6),
+    )
+
+
+def build(settings: Settings, folder: Path, out: Path) -> Trainer:
+    """Model and trainer for packed text in `folder`."""
+    tokenizer = load_tokenizer(folder)
+    wanted = settings.run.vocab_size
+    # SentencePiece may find fewer pieces than asked for; a larger table than the tokenizer needs is otherwise meant.
+    learned = settings.run.tokenizer.startswith("sentencepiece") and folder == out / "data"
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise ConfigError(f"vocab_size {wanted} is less than the {tokenizer.vocab_size} ids of the text in {folder}")
+    config = settings.model_config(tokenizer.vocab_size if learned or wanted is None else wanted)
+    trainer = settings.trainer
+    if trainer.sample_prompt is None and not settings.run.data:
+        trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
+    model = BitNetForCausalLM(config, trainer.seed)
+    return Trainer(model, folder, trainer, tokenizer=tokenizer, out=out)
+
+
+def _interruptible(work: Callable[[], T], out: Path) -> T:
+    """Does work on another thread, so that Ctrl-C is heard while a library computes; nothing half-done counts."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with Interrupts() as interrupts:
+        try:
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.1)
+        except KeyboardInterrupt:
+            command = f"python -m bitnet.train --resume {out}"
+            print(f"\nstopped while preparing the text; go on with: {command}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # The thread may be deep inside a library, which an orderly exit would wait for.
+            os._exit(128 + (interrupts.signal or signal.SIGINT))
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _introduce(trainer: Trainer) -> None:
+    c, model = trainer.config, trainer.model
+    ternary = sum(layer.weight.size for _, layer in model.bitlinears())
+    kind = f"{ternary / model.num_parameters():.0%} of them ternary" if ternary else "full precision"
+    steps = c.steps or 0
+    print(f"model: {model.num_parameters():,} parameters, {kind}; vocabulary {model.config.vocab_size:,}")
+    print(
+        f"plan: {steps:,} steps of {c.tokens_per_step:,} tokens = {steps * c.tokens_per_step / 1e6:.2f} M tokens, "
+        f"{trainer.loader.epoch(steps * c.grad_accum):.2f} epochs; {c.schedule}, lr {c.lr:g} to {c.min_lr:g}, "
+        f"{c.warmup} steps of warm-up; evaluation every {c.eval_every}, checkpoint every {c.save_every}",
+        flush=True,
+    )
+
+
+def _conclude(trainer: Trainer, before: int) -> None:
+    out, prompt = trainer.out, trainer.sample_prompt()
+    if trainer.step == before:
+        print(f"{out} was complete at step {trainer.step}; train it further with --steps or --minutes")
+    if trainer.samples:
+        print(f"\na sample:\n{trainer.samples[-1]}\n")
+    best = trainer.best
+    if best is not None:
+        print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}")
+    print(f"pictures: {out}/plots; checkpoints, metrics.jsonl and samples.txt beside them")
+    print(f"next: python -m bitnet.generate {out} -p {_quoted(prompt)}")
+
+
+def _quoted(text: str) -> str:
+    """The last line of a prompt as a shell needs it."""
+    line = text.strip("\n").rpartition("\n")[2]
+    return shlex.quote(line) if any(mark in line for mark in '"\\$`!') else f'"{line}"'
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
