@@ -6,7 +6,6 @@ wrote beyond its last checkpoint, so a resumed run's files have every step once.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.errors import BitnetError
+from bitnet.metrics import Record, read_metrics, smoothed, to_line
 
 if TYPE_CHECKING:
-    from bitnet.trainer import Record, Trainer
-
-SMOOTHING = 0.9  # of the loss shown: about the last ten steps
+    from bitnet.trainer import Trainer
 
 
 class Callback:
@@ -48,15 +46,6 @@ def standard_callbacks(out: Path | None, plots: bool = True) -> list[Callback]:
     # Metrics first: it restores the history that the others look at.
     files: list[Callback] = [Metrics(out / "metrics.jsonl"), Progress(), Samples(out / "samples.txt")]
     return [*files, Pictures(out / "plots")] if plots else files
-
-
-def smoothed(losses: list[float], start: float | None = None) -> list[float]:
-    """Exponential moving average of a loss curve."""
-    out: list[float] = []
-    for loss in losses:
-        start = loss if start is None else SMOOTHING * start + (1 - SMOOTHING) * loss
-        out.append(start)
-    return out
 
 
 class Progress(Callback):
@@ -118,12 +107,12 @@ class Metrics(Callback):
         kept = [record for record in read_metrics(self.path) if record["step"] <= trainer.logged_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(record) for record in kept))
+        partial.write_text("".join(to_line(record) for record in kept))
         partial.replace(self.path)
         trainer.history[:] = kept
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
-        self._waiting.append(_line(record))
+        self._waiting.append(to_line(record))
         try:
             self._write()
         except OSError as error:
@@ -152,28 +141,6 @@ class Metrics(Callback):
         finally:
             os.close(file)
         self._waiting.clear()
-
-
-def read_metrics(path: str | Path) -> list[Record]:
-    """The records of a metrics.jsonl, [] if there is none; a last line cut short by a crash is left out."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
-    return records
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
 
 
 class Samples(Callback):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.callbacks import read_metrics, smoothed
+from bitnet.metrics import read_metrics, smoothed
 from bitnet.model import BitNetForCausalLM
 from bitnet.nn import BitLinear
 

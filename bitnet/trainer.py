@@ -25,14 +25,13 @@ from bitnet import _core, checkpoint, ops, optim
 from bitnet._core import Tensor
 from bitnet.data import DataLoader, ShardDataset, eval_blocks
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
+from bitnet.metrics import Record
 from bitnet.model import BitNetForCausalLM
 from bitnet.shard import read_manifest
 from bitnet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bitnet.callbacks import Callback
-
-Record = dict[str, Any]  # one line of metrics.jsonl
 
 DEFAULT_STEPS = 1000
 QUICK_SECONDS = 0.3  # a checkpoint expected to take less is still written after Ctrl-C, which has a second in all

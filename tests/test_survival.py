@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint
-from bitnet.callbacks import Callback, read_metrics
+from bitnet.callbacks import Callback
 from bitnet.data import pack
 from bitnet.errors import CheckpointError
+from bitnet.metrics import read_metrics
 from bitnet.trainer import Trainer, TrainerConfig
 
 FLAGS = (

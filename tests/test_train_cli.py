@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from bitnet import cli, from_pretrained, plots, train
-from bitnet.callbacks import read_metrics
 from bitnet.config import BitNetConfig
 from bitnet.data import pack
 from bitnet.errors import ConfigError
+from bitnet.metrics import read_metrics
 from bitnet.run_config import OPTIONS, Settings, parse, read_yaml
 from bitnet.trainer import TrainerConfig
 
