@@ -48,6 +48,7 @@ def execute(notebook: Any, folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in environment.items():
             patch.setenv(variable, str(value))
+        patch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures in the notebook
         client = nbclient.NotebookClient(
             notebook,
             timeout=1200,
