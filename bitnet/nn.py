@@ -17,6 +17,8 @@ import numpy as np
 from bitnet import _core, ops
 from bitnet._core import ShapeError, Tensor
 
+Histogram = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
 
 class Parameter(Tensor):
     """A leaf tensor (f32) that a Module owns and an optimizer trains."""
@@ -117,6 +119,10 @@ class Module:
         """Code counts of all ternary layers together (for one layer: BitLinear.ternary_stats)."""
         return TernaryStats.total(layer.ternary_stats() for _, layer in self.bitlinears())
 
+    def weight_histograms(self, bins: int = 100) -> dict[str, Histogram]:
+        """(counts, edges) of the latent weights of every ternary layer, by dotted path."""
+        return {path: layer.weight_histogram(bins) for path, layer in self.bitlinears()}
+
     def to_full_precision(self) -> Module:
         """Replaces, in place, every BitLinear below by a Linear with the weights that it multiplied; returns self.
 
@@ -216,7 +222,7 @@ class Linear(Module):
         y = self._map(x, self.weight)
         return y if self.bias is None else ops.add(y, self.bias)
 
-    def weight_histogram(self, bins: int = 100) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def weight_histogram(self, bins: int = 100) -> Histogram:
         """(counts, edges) of the weight's values, as numpy.histogram."""
         return np.histogram(self.weight.numpy(copy=True), bins)
 
