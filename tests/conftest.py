@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ import pytest
 # PyTorch reads this when it is first imported. Its matrices here are tiny, and idle OpenMP threads that spin beside a
 # busy one made a half-second of conditioning take twenty on a loaded machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A suite started in the background of a script is told to ignore SIGINT, and so would be the commands it interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
