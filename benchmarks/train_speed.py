@@ -197,7 +197,7 @@ def table(reports: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Training speed and memory beside PyTorch.")
-    parser.add_argument("--preset", default="nano", help="a preset of bitnet.model (default nano)")
+    parser.add_argument("--preset", default="nano", help="a preset of bitnet.config (default nano)")
     parser.add_argument("--seq-len", type=int, metavar="T", help="tokens in a row (default 512, for char 256)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="rows (default 4, for char 16)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of every engine (default 2)")

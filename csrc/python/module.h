@@ -63,7 +63,7 @@ bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, 
 /* A Python or NumPy real number, not an array. */
 bool bn_is_number(PyObject *object);
 /* Returns a new array: a view that writes through for a leaf, a copy otherwise or when asked. */
-PyObject *bn_tensor_to_array(const bn_module_state *state, PyObject *object, bool copy);
+PyObject *bn_tensor_to_array(PyObject *object, bool copy);
 
 /* buffer.c */
 int bn_tensor_getbuffer(PyObject *self, Py_buffer *view, int flags);

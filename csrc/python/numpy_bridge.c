@@ -113,7 +113,7 @@ done:
     return tensor;
 }
 
-PyObject *bn_tensor_to_array(const bn_module_state *state, PyObject *object, bool copy) {
+PyObject *bn_tensor_to_array(PyObject *object, bool copy) {
     const bn_tensor *t = ((bn_py_tensor *)object)->tensor;
     if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2) {
         PyErr_Format(PyExc_TypeError, "NumPy has no %s; use .to('f32').numpy()", bn_dtype_name(t->dtype));
@@ -125,7 +125,6 @@ PyObject *bn_tensor_to_array(const bn_module_state *state, PyObject *object, boo
     if (buffer == NULL) {
         return NULL;
     }
-    (void)state;
     PyObject *array = PyArray_FROM_OF(buffer, copy || !bn_is_leaf(t) ? NPY_ARRAY_ENSURECOPY : 0);
     Py_DECREF(buffer);
     return array;

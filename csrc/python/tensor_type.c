@@ -190,7 +190,7 @@ static PyObject *tensor_numpy(PyObject *self, PyObject *args, PyObject *kwargs) 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|p:numpy", names, &copy)) {
         return NULL;
     }
-    return bn_tensor_to_array(state_of(self), self, copy != 0);
+    return bn_tensor_to_array(self, copy != 0);
 }
 
 static PyObject *tensor_item(PyObject *self, PyObject *unused) {
@@ -442,7 +442,7 @@ static PyObject *tensor_to(PyObject *self, PyObject *name) {
 static PyObject *printable_array(PyObject *self) {
     const bn_tensor *t = core(self);
     if (t->dtype != BN_BF16 && t->dtype != BN_TERNARY2) {
-        return bn_tensor_to_array(state_of(self), self, true);
+        return bn_tensor_to_array(self, true);
     }
     bn_tensor *converted = NULL;
     bn_tape *tape = bn_tape_suspend();
@@ -454,7 +454,7 @@ static PyObject *printable_array(PyObject *self) {
         return bn_raise(state_of(self), status);
     }
     PyObject *wrapped = bn_wrap(state_of(self), converted);
-    PyObject *array = wrapped == NULL ? NULL : bn_tensor_to_array(state_of(self), wrapped, true);
+    PyObject *array = wrapped == NULL ? NULL : bn_tensor_to_array(wrapped, true);
     Py_XDECREF(wrapped);
     return array;
 }
