@@ -31,6 +31,23 @@ def no_grad() -> Iterator[None]:
         _core.enable_grad()
 
 
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """How what is recorded inside multiplies in its backward pass: "fp32" (the default) or "fast".
+
+    fp32: in f32, the same bits on every instruction set. fast: factors rounded to bf16, which int8 activations and
+    ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; sums in f32; the
+    same bits for any number of threads, but not on every instruction set. A cross_entropy that is differentiated makes
+    its logits in the same precision. Every other forward value is the same in both.
+    """
+    before = _core.get_precision()
+    _core.set_precision(name)
+    try:
+        yield
+    finally:
+        _core.set_precision(before)
+
+
 def tensor(data: ArrayLike | Tensor, dtype: str | None = None, requires_grad: bool = False) -> Tensor:
     """A tensor with the values of an array or nested lists: floats become f32, integers i32."""
     return Tensor(data, dtype, requires_grad)

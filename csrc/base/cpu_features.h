@@ -21,7 +21,8 @@
     X(AMX_BF16, "amx_bf16")                                                                                            \
     X(NEON, "neon")                                                                                                    \
     X(DOTPROD, "dotprod")                                                                                              \
-    X(I8MM, "i8mm")
+    X(I8MM, "i8mm")                                                                                                    \
+    X(BF16, "bf16")
 
 #define BN_CPU_ID(id, name) BN_CPU_##id,
 typedef enum bn_cpu_feature { BN_CPU_FEATURES(BN_CPU_ID) BN_CPU_FEATURE_COUNT } bn_cpu_feature;
@@ -32,5 +33,8 @@ typedef enum bn_cpu_feature { BN_CPU_FEATURES(BN_CPU_ID) BN_CPU_FEATURE_COUNT } 
 extern const char *const bn_cpu_feature_names[BN_CPU_FEATURE_COUNT];
 /* A BN_CPU_BIT of each feature present and not disabled. */
 uint32_t bn_cpu_features(void);
+
+/* Bytes of one core's data cache of level 1 or 2; 32 KiB and 512 KiB where the system does not tell. */
+int64_t bn_cpu_cache_bytes(int level);
 
 #endif

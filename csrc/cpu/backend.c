@@ -16,6 +16,17 @@
 
 /* ---- instruction sets ---- */
 
+#define AVX512                                                                                                         \
+    (BN_CPU_BIT(AVX2) | BN_CPU_BIT(FMA) | BN_CPU_BIT(AVX512F) | BN_CPU_BIT(AVX512BW) | BN_CPU_BIT(AVX512DQ) |          \
+     BN_CPU_BIT(AVX512VL) | BN_CPU_BIT(AVX512VNNI))
+
+extern const bn_kernel_table bn_kernels_scalar;
+#if defined(__x86_64__)
+extern const bn_kernel_table bn_kernels_avx2, bn_kernels_avx512vnni, bn_kernels_avx512bf16, bn_kernels_amx;
+#elif defined(__aarch64__)
+extern const bn_kernel_table bn_kernels_neon;
+#endif
+
 static const struct {
     const bn_kernel_table *table;
     uint32_t needs;
@@ -23,8 +34,9 @@ static const struct {
     {&bn_kernels_scalar, 0},
 #if defined(__x86_64__)
     {&bn_kernels_avx2, BN_CPU_BIT(AVX2) | BN_CPU_BIT(FMA)},
-    {&bn_kernels_avx512vnni, BN_CPU_BIT(AVX2) | BN_CPU_BIT(FMA) | BN_CPU_BIT(AVX512F) | BN_CPU_BIT(AVX512BW) |
-                                 BN_CPU_BIT(AVX512DQ) | BN_CPU_BIT(AVX512VL) | BN_CPU_BIT(AVX512VNNI)},
+    {&bn_kernels_avx512vnni, AVX512},
+    {&bn_kernels_avx512bf16, AVX512 | BN_CPU_BIT(AVX512BF16)},
+    {&bn_kernels_amx, AVX512 | BN_CPU_BIT(AVX512BF16) | BN_CPU_BIT(AMX_INT8) | BN_CPU_BIT(AMX_BF16)},
 #elif defined(__aarch64__)
     {&bn_kernels_neon, BN_CPU_BIT(NEON)},
 #endif
@@ -32,6 +44,7 @@ static const struct {
 enum { SETS = sizeof sets / sizeof *sets };
 
 static bn_kernel_table usable[SETS];
+static const bn_kernel_table *own[SETS]; /* of each usable set, what it fills itself */
 static int usable_count;
 static _Atomic(const bn_kernel_table *) current;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -53,6 +66,7 @@ static void initialize(void) {
 #define KERNEL(name) table.name = over->name ? over->name : table.name;
 #include "kernels/kernels.def"
 #undef KERNEL
+        own[usable_count] = over;
         usable[usable_count++] = table;
     }
     atomic_store(&current, &usable[usable_count - 1]);
@@ -74,6 +88,10 @@ int bn_cpu_isa_count(void) {
 }
 
 const char *bn_cpu_isa_name(int index) { return index >= 0 && index < bn_cpu_isa_count() ? usable[index].isa : NULL; }
+
+const bn_kernel_table *bn_cpu_isa_own_kernels(int index) {
+    return index >= 0 && index < bn_cpu_isa_count() ? own[index] : NULL;
+}
 
 const char *bn_cpu_current_isa(void) { return chosen()->isa; }
 

@@ -144,8 +144,19 @@ static inline void v_transpose(vf r[16]) {
     }
 }
 
-static inline vi w_set(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 /* A pair of codes 0..2 times int8 lies within [-512, 508], so the 16-bit sums of maddubs cannot saturate. */
+static inline __m256 round_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x),
+                  last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
+    const __m256i rounded = _mm256_and_si256(sum, _mm256_set1_epi32((int)0xffff0000));
+    return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+static inline vf v_round_bf16(vf x) { return BOTH(round_bf16, x); }
+
+static inline vi w_sub(vi x, int32_t y) {
+    return (vi){_mm256_sub_epi32(x.a, _mm256_set1_epi32(y)), _mm256_sub_epi32(x.b, _mm256_set1_epi32(y))};
+}
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     const __m256i q = _mm256_set1_epi32(quad), ones = _mm256_set1_epi16(1);
     __m256i c0 = _mm256_loadu_si256((const __m256i *)(const void *)codes);
@@ -156,10 +167,10 @@ static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
 }
 
 /* Sixteen 256-bit registers: 12 sums, 2 of b, 1 of a. */
-#define GEMM_MR 6
-#define GEMM_NV 1
-#define DOT_MR 4
-#define DOT_NV 1
+#define F32_ROWS 4
+#define F32_VECTORS 1
+#define DOT_ROWS 4
+#define DOT_VECTORS 1
 #define BN_ISA avx2
 #define BN_ISA_NAME "avx2"
 #include "cpu/kernels.inc"

@@ -1,6 +1,6 @@
 /*
- * isa_avx512vnni.c: the words on one 512-bit register each, for CPUs with AVX-512 F, BW, DQ, VL and VNNI (Ice Lake,
- * Sapphire Rapids, Zen 4 and later).
+ * isa_avx512vnni.c: every kernel on 512-bit registers, for CPUs with AVX-512 F, BW, DQ, VL and VNNI (Ice Lake, Sapphire
+ * Rapids, Zen 4 and later).
  */
 #include "cpu/target.h"
 
@@ -11,87 +11,8 @@
 
 BN_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-typedef __m512 vf;
-/* Not __m512i, which is eight 64-bit lanes: gcc 12 copies and spills sums that change type at every dot. */
-typedef int32_t vi __attribute__((vector_size(64)));
+#include "cpu/words_avx512.h"
 
-static inline vf v_set(float x) { return _mm512_set1_ps(x); }
-static inline vf v_zero(void) { return _mm512_setzero_ps(); }
-static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
-static inline __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1u); }
-static inline vf v_load_n(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-static inline void v_store_n(float *p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
-static inline vf v_add(vf x, vf y) { return _mm512_add_ps(x, y); }
-static inline vf v_sub(vf x, vf y) { return _mm512_sub_ps(x, y); }
-static inline vf v_mul(vf x, vf y) { return _mm512_mul_ps(x, y); }
-static inline vf v_div(vf x, vf y) { return _mm512_div_ps(x, y); }
-static inline vf v_sqrt(vf x) { return _mm512_sqrt_ps(x); }
-static inline vf v_fma(vf x, vf y, vf z) { return _mm512_fmadd_ps(x, y, z); }
-static inline vf v_max(vf x, vf y) { return _mm512_max_ps(x, y); }
-static inline vf v_min(vf x, vf y) { return _mm512_min_ps(x, y); }
-static inline vf v_rint(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vf v_abs(vf x) { return _mm512_abs_ps(x); }
-static inline vf v_if_gt(vf a, vf b, vf x, vf y) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
-}
-static inline vi v_to_int(vf x) { return (vi)_mm512_cvttps_epi32(x); }
-static inline vf v_to_float(vi x) { return _mm512_cvtepi32_ps((__m512i)x); }
-static inline vf v_pow2(vi n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32((__m512i)n, _mm512_set1_epi32(127)), 23));
-}
-static inline float v_sum(vf v) {
-    __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
-    __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
-    return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
-}
-static inline float v_max_all(vf v) { return _mm512_reduce_max_ps(v); }
-
-static inline vf v_load_i8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
-}
-static inline void v_store_i8(int8_t *p, vf v) {
-    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8((__m512i)v_to_int(v)));
-}
-/* Pairs of rows, then pairs of pairs: four 4-word columns in each register; then 128-bit quarters, twice. */
-static inline void v_transpose(vf r[16]) {
-    vf pair[16], quad[16];
-    BN_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        pair[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        pair[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    BN_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
-        quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE);
-        quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-        quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
-    }
-    BN_UNROLL
-    for (int i = 0; i < 4; i++) {
-        vf low02 = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0x88);
-        vf low13 = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0xDD);
-        vf high02 = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0x88);
-        vf high13 = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0xDD);
-        r[i] = _mm512_shuffle_f32x4(low02, high02, 0x88);
-        r[i + 8] = _mm512_shuffle_f32x4(low02, high02, 0xDD);
-        r[i + 4] = _mm512_shuffle_f32x4(low13, high13, 0x88);
-        r[i + 12] = _mm512_shuffle_f32x4(low13, high13, 0xDD);
-    }
-}
-
-static inline vi w_set(int32_t x) { return (vi)_mm512_set1_epi32(x); }
-static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(codes), _mm512_set1_epi32(quad));
-}
-
-/* Thirty-two 512-bit registers: 24 sums, 2 of b, the rest for addresses in flight. */
-#define GEMM_MR 12
-#define GEMM_NV 2
-#define DOT_MR 8
-#define DOT_NV 3
 #define BN_ISA avx512vnni
 #define BN_ISA_NAME "avx512vnni"
 #include "cpu/kernels.inc"

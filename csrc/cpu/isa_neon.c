@@ -1,5 +1,5 @@
 /*
- * isa_neon.c: the words on four 128-bit registers each, for every 64-bit ARM CPU (baseline Advanced SIMD).
+ * isa_neon.c: every kernel on baseline Advanced SIMD, for every 64-bit ARM CPU.
  */
 #include "cpu/target.h"
 
@@ -7,126 +7,8 @@
 #include <string.h>
 
 #if defined(__aarch64__)
-#include <arm_neon.h>
+#include "cpu/words_neon.h"
 
-typedef struct vf {
-    float32x4_t q[4];
-} vf;
-typedef struct vi {
-    int32x4_t q[4];
-} vi;
-
-#define EACH(type, op, x) ((type){{op((x).q[0]), op((x).q[1]), op((x).q[2]), op((x).q[3])}})
-#define EACH2(op, x, y)                                                                                                \
-    ((vf){{op((x).q[0], (y).q[0]), op((x).q[1], (y).q[1]), op((x).q[2], (y).q[2]), op((x).q[3], (y).q[3])}})
-
-static inline vf v_set(float x) {
-    const float32x4_t q = vdupq_n_f32(x);
-    return (vf){{q, q, q, q}};
-}
-static inline vf v_zero(void) { return v_set(0.0f); }
-static inline vf v_load(const float *p) {
-    return (vf){{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
-}
-static inline void v_store(float *p, vf v) {
-    vst1q_f32(p, v.q[0]);
-    vst1q_f32(p + 4, v.q[1]);
-    vst1q_f32(p + 8, v.q[2]);
-    vst1q_f32(p + 12, v.q[3]);
-}
-static inline vf v_load_n(const float *p, int64_t n) {
-    float lanes[16] = {0};
-    memcpy(lanes, p, (size_t)n * sizeof(float));
-    return v_load(lanes);
-}
-static inline void v_store_n(float *p, vf v, int64_t n) {
-    float lanes[16];
-    v_store(lanes, v);
-    memcpy(p, lanes, (size_t)n * sizeof(float));
-}
-static inline vf v_add(vf x, vf y) { return EACH2(vaddq_f32, x, y); }
-static inline vf v_sub(vf x, vf y) { return EACH2(vsubq_f32, x, y); }
-static inline vf v_mul(vf x, vf y) { return EACH2(vmulq_f32, x, y); }
-static inline vf v_div(vf x, vf y) { return EACH2(vdivq_f32, x, y); }
-static inline vf v_sqrt(vf x) { return EACH(vf, vsqrtq_f32, x); }
-static inline vf v_fma(vf x, vf y, vf z) {
-    return (vf){{vfmaq_f32(z.q[0], x.q[0], y.q[0]), vfmaq_f32(z.q[1], x.q[1], y.q[1]),
-                 vfmaq_f32(z.q[2], x.q[2], y.q[2]), vfmaq_f32(z.q[3], x.q[3], y.q[3])}};
-}
-/* vmaxq and vminq return a NaN from either side; the words return their second argument. */
-static inline float32x4_t greater_4(float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
-static inline float32x4_t lesser_4(float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), x, y); }
-static inline vf v_max(vf x, vf y) { return EACH2(greater_4, x, y); }
-static inline vf v_min(vf x, vf y) { return EACH2(lesser_4, x, y); }
-static inline vf v_rint(vf x) { return EACH(vf, vrndnq_f32, x); }
-static inline vf v_abs(vf x) { return EACH(vf, vabsq_f32, x); }
-static inline vf v_if_gt(vf a, vf b, vf x, vf y) {
-    return (vf){
-        {vbslq_f32(vcgtq_f32(a.q[0], b.q[0]), x.q[0], y.q[0]), vbslq_f32(vcgtq_f32(a.q[1], b.q[1]), x.q[1], y.q[1]),
-         vbslq_f32(vcgtq_f32(a.q[2], b.q[2]), x.q[2], y.q[2]), vbslq_f32(vcgtq_f32(a.q[3], b.q[3]), x.q[3], y.q[3])}};
-}
-static inline vi v_to_int(vf x) { return EACH(vi, vcvtq_s32_f32, x); }
-static inline vf v_to_float(vi x) { return EACH(vf, vcvtq_f32_s32, x); }
-static inline float32x4_t pow2_4(int32x4_t n) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
-}
-static inline vf v_pow2(vi n) { return EACH(vf, pow2_4, n); }
-static inline float v_sum(vf v) {
-    const float32x4_t s4 = vaddq_f32(vaddq_f32(v.q[0], v.q[2]), vaddq_f32(v.q[1], v.q[3]));
-    const float32x2_t s2 = vadd_f32(vget_low_f32(s4), vget_high_f32(s4));
-    return vget_lane_f32(s2, 0) + vget_lane_f32(s2, 1);
-}
-static inline float v_max_all(vf v) {
-    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.q[0], v.q[1]), vmaxq_f32(v.q[2], v.q[3])));
-}
-
-static inline vf v_load_i8(const int8_t *p) {
-    const int8x16_t bytes = vld1q_s8(p);
-    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-    const vi words = {
-        {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
-    return v_to_float(words);
-}
-static inline void v_store_i8(int8_t *p, vf v) {
-    const vi words = v_to_int(v);
-    const int16x8_t low = vmovn_high_s32(vmovn_s32(words.q[0]), words.q[1]);
-    const int16x8_t high = vmovn_high_s32(vmovn_s32(words.q[2]), words.q[3]);
-    vst1q_s8(p, vmovn_high_s16(vmovn_s16(low), high));
-}
-/* Rows x.q[at] .. w.q[at] of a 4 x 4 square become its columns. */
-static inline void transpose_4(vf *x, vf *y, vf *z, vf *w, int at) {
-    const float64x2_t even_low = vreinterpretq_f64_f32(vtrn1q_f32(x->q[at], y->q[at]));
-    const float64x2_t odd_low = vreinterpretq_f64_f32(vtrn2q_f32(x->q[at], y->q[at]));
-    const float64x2_t even_high = vreinterpretq_f64_f32(vtrn1q_f32(z->q[at], w->q[at]));
-    const float64x2_t odd_high = vreinterpretq_f64_f32(vtrn2q_f32(z->q[at], w->q[at]));
-    x->q[at] = vreinterpretq_f32_f64(vtrn1q_f64(even_low, even_high));
-    y->q[at] = vreinterpretq_f32_f64(vtrn1q_f64(odd_low, odd_high));
-    z->q[at] = vreinterpretq_f32_f64(vtrn2q_f64(even_low, even_high));
-    w->q[at] = vreinterpretq_f32_f64(vtrn2q_f64(odd_low, odd_high));
-}
-static inline void v_transpose(vf r[16]) {
-    BN_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        BN_UNROLL
-        for (int j = 0; j < 4; j++) {
-            transpose_4(&r[i], &r[i + 1], &r[i + 2], &r[i + 3], j);
-        }
-    }
-    BN_UNROLL
-    for (int i = 0; i < 16; i++) { /* the squares trade places across the diagonal */
-        BN_UNROLL
-        for (int j = 0; j < i / 4; j++) {
-            const float32x4_t upper = r[4 * j + i % 4].q[i / 4];
-            r[4 * j + i % 4].q[i / 4] = r[i].q[j];
-            r[i].q[j] = upper;
-        }
-    }
-}
-
-static inline vi w_set(int32_t x) {
-    const int32x4_t q = vdupq_n_s32(x);
-    return (vi){{q, q, q, q}};
-}
 /* A pair of codes 0..2 times int8 lies within [-512, 508], so the 16-bit sums of pairs cannot wrap. */
 static inline int32x4_t dot_4(int32x4_t acc, const uint8_t *codes, int8x16_t quad) {
     const int8x16_t c = vreinterpretq_s8_u8(vld1q_u8(codes));
@@ -139,11 +21,6 @@ static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
                  dot_4(acc.q[3], codes + 48, q)}};
 }
 
-/* Thirty-two 128-bit registers: 24 sums, 4 of b, the rest for a and addresses in flight. */
-#define GEMM_MR 6
-#define GEMM_NV 1
-#define DOT_MR 4
-#define DOT_NV 1
 #define BN_ISA neon
 #define BN_ISA_NAME "neon"
 #include "cpu/kernels.inc"

@@ -82,7 +82,19 @@ static inline void v_transpose(vf r[16]) {
     }
 }
 
-static inline vi w_set(int32_t x) { EACH_LANE(vi, x); }
+/* Adding 0x7fff and the kept half's last bit carries exactly where rounding to nearest even goes up. */
+static inline vf v_round_bf16(vf x) {
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x.lane[i], sizeof bits);
+        bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+        if (x.lane[i] == x.lane[i]) {
+            memcpy(&x.lane[i], &bits, sizeof bits);
+        }
+    }
+    return x;
+}
+static inline vi w_sub(vi a, int32_t x) { EACH_LANE(vi, a.lane[i] - x); }
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     int8_t q[4];
     memcpy(q, &quad, sizeof q);
@@ -94,10 +106,10 @@ static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     return acc;
 }
 
-#define GEMM_MR 4
-#define GEMM_NV 1
-#define DOT_MR 4
-#define DOT_NV 1
+#define F32_ROWS 4
+#define F32_VECTORS 1
+#define DOT_ROWS 4
+#define DOT_VECTORS 1
 #define BN_ISA scalar
 #define BN_ISA_NAME "scalar"
 #include "cpu/kernels.inc"

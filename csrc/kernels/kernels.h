@@ -35,6 +35,9 @@ BN_EXTERN_C_BEGIN
 #define BN_PANEL_DEPTH 4
 /* int8 rows are padded with zeros to a multiple of this many bytes. */
 #define BN_QUANT_PAD 64
+/* Rows of int8 activations come in tiles of sixteen by BN_QUANT_PAD, as integer products read them. */
+#define BN_QUANT_ROWS 16
+#define BN_QUANT_TILE (BN_QUANT_ROWS * BN_QUANT_PAD)
 /* A target with this value takes no part in the loss (the convention of PyTorch and transformers). */
 #define BN_IGNORE_INDEX (-100)
 
@@ -181,14 +184,22 @@ typedef struct embedding_backward_args {
 
 /* ---- matrix products ---------------------------------------------------------------------------------------- */
 
+/* Where q[row, col] of a quantized activation lies, `stride` being its padded row: tiles of sixteen rows one after the
+ * other, the sixteen rows' last tile before the next rows' first. */
+static inline int64_t bn_quantized_at(int64_t row, int64_t col, int64_t stride) {
+    return row / BN_QUANT_ROWS * BN_QUANT_ROWS * stride + col / BN_QUANT_PAD * BN_QUANT_TILE +
+           row % BN_QUANT_ROWS * BN_QUANT_PAD + col % BN_QUANT_PAD;
+}
+
 /* One factor of a product: element (i, j) is data[i * row_stride + j * col_stride] (one of the strides is 1), f32 or
- * i8, times scale[0] if given, times depth_scale[k] if given, k being the summed index. Each factor is rounded to f32
- * once before the product. */
+ * i8, times scale[0] if given, times depth_scale[k] if given, k being the summed index; where `tiled` (i8, k down the
+ * rows), at data[bn_quantized_at(i, j, row_stride)]. Each factor is rounded once before the product: to f32. */
 typedef struct gemm_operand {
     const void *data;
     const float *scale, *depth_scale;
     int64_t row_stride, col_stride;
     bn_dtype dtype;
+    bool tiled;
 } gemm_operand;
 
 /* c[i, j] (+)= sum over p of a[i, p] * b[p, j], SEQUENTIAL in p, whatever the blocking: partial sums may rest in c
@@ -201,6 +212,11 @@ typedef struct gemm_args {
     int64_t tile_m, tile_n;
     bool accumulate;
 } gemm_args;
+
+/* The same with each factor, times its scales, rounded once to bf16 (to nearest even): codes -1..1 and -128..127 are
+ * exact. The sum is in f32 in an order that depends on the instruction set, but on nothing else: not on tiles or
+ * threads. */
+typedef gemm_args gemm_bf16_args;
 
 /* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
  * Writes codes (rows, cols) i8 and `panels`, the same codes plus one as u8 laid out for integer dot products:
@@ -216,8 +232,9 @@ typedef struct ternarize_args {
 } ternarize_args;
 
 /* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
- * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. q rows are q_stride bytes apart, padding zeroed.
- * If any element is NaN or infinite, act_scale is NaN and q is 0 for that row. Units: rows. */
+ * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. q lies in tiles (bn_quantized_at) with rows padded to
+ * q_stride bytes, padding zeroed; tiles of rows that do not exist are not written. If any element is NaN or infinite,
+ * act_scale is NaN and q is 0 for that row. Units: rows. */
 typedef struct quantize_rows_args {
     const float *x;
     int8_t *q;
@@ -227,8 +244,8 @@ typedef struct quantize_rows_args {
 } quantize_rows_args;
 
 /* y[i, j] = (float)(sum over p of q[i, p] * code[j, p]) * (act_scale[i] * weight_scale[0]); the integer sum is
- * (sum of q * panel byte) - row_sum[i] in int32, exact for every cols < 2^23. Units: tiles of tile_m x tile_n of y,
- * row-major; tile_n is a multiple of BN_PANEL_ROWS. */
+ * (sum of q * panel byte) - row_sum[i] in int32, exact for every cols < 2^23. q as quantize_rows leaves it. Units:
+ * tiles of tile_m x tile_n of y, row-major; tile_m is a multiple of BN_QUANT_ROWS, tile_n of BN_PANEL_ROWS. */
 typedef struct bitlinear_forward_args {
     const int8_t *q;
     const float *act_scale;

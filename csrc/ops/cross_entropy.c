@@ -31,7 +31,8 @@ static int64_t chunk_rows(const bn_projection *p) {
 static bn_status run_chunk(bn_node *n, const bn_projection *p, int64_t first, int64_t rows, float *logits) {
     const int64_t V = bn_projection_out(p), C = bn_projection_in(p);
     const bool gradient = n->saved[DX] != NULL || n->saved[DW] != NULL;
-    BN_TRY(bn_projection_forward(p, first, rows, logits));
+    const bn_precision precision = gradient ? n->precision : BN_EXACT; /* a loss that is only measured is exact */
+    BN_TRY(bn_projection_forward(p, precision, first, rows, logits));
     const cross_entropy_args loss = {.logits = logits,
                                      .targets = bn_i32(n->inputs[2]) + first,
                                      .weight = bn_f32(n->saved[WEIGHT]),
@@ -41,10 +42,10 @@ static bn_status run_chunk(bn_node *n, const bn_projection *p, int64_t first, in
                                      .gradient = gradient};
     BN_TRY(bn_run_cross_entropy(bn_backend_of(p->x), &loss, rows, 1));
     if (n->saved[DX] != NULL) {
-        BN_TRY(bn_projection_backward_x(p, rows, logits, bn_f32(n->saved[DX]) + first * C, false));
+        BN_TRY(bn_projection_backward_x(p, precision, rows, logits, bn_f32(n->saved[DX]) + first * C, false));
     }
     if (n->saved[DW] != NULL) {
-        BN_TRY(bn_projection_backward_weight(p, first, rows, logits, bn_f32(n->saved[DW]), first > 0));
+        BN_TRY(bn_projection_backward_weight(p, precision, first, rows, logits, bn_f32(n->saved[DW]), first > 0));
     }
     return BN_OK;
 }

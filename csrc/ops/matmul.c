@@ -4,7 +4,7 @@
 static bn_status product(const bn_tensor *like, gemm_operand a, gemm_operand b, float *c, int64_t m, int64_t n,
                          int64_t k, bool accumulate) {
     const gemm_args args = {.a = a, .b = b, .c = c, .m = m, .n = n, .k = k, .ldc = n, .accumulate = accumulate};
-    return bn_launch_gemm(bn_backend_of(like), args);
+    return bn_launch_gemm(bn_backend_of(like), BN_EXACT, args);
 }
 
 static gemm_operand rows_of(const float *data, int64_t cols) {

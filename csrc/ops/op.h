@@ -31,7 +31,7 @@ static inline int64_t bn_blocks(int64_t count) { return bn_ceil_div(count, BN_BL
 /* out = alpha * a + beta * b, b NULL or of bias_n elements repeated. */
 BN_CHECKED bn_status bn_launch_axpby(const bn_tensor *like, float alpha, const float *a, float beta, const float *b,
                                      int64_t bias_n, float *out);
-/* c (+)= a b: cuts the product into tiles for this device and runs it. */
-BN_CHECKED bn_status bn_launch_gemm(const bn_backend *backend, gemm_args args);
+/* c (+)= a b: cuts the product into tiles for this device and runs it, exact by gemm, fast by gemm_bf16. */
+BN_CHECKED bn_status bn_launch_gemm(const bn_backend *backend, bn_precision precision, gemm_args args);
 
 #endif

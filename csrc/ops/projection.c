@@ -2,9 +2,12 @@
  * projection.c: y = x W^T, dx = dy W, dW = dy^T x.
  * Ternary: y is an integer product of int8 activations and codes; the gradients go straight through both quantizers, so
  * dx uses W = code * weight_scale and dW uses x = q * act_scale, the values the forward pass multiplied
- * (Bengio et al. 2013; Ma et al. 2024, arXiv 2402.17764).
+ * (Bengio et al. 2013; Ma et al. 2024, arXiv 2402.17764). Both q and code are exact in bf16, so a fast product rounds
+ * nothing but dy, once, with the scale that goes with it.
  */
 #include "ops/projection.h"
+
+#include <assert.h>
 
 #include "kernels/tiles.h"
 #include "tensor/quantized.h"
@@ -48,6 +51,7 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
     const bn_ternary *w = p->weight->ternary;
     const int64_t stride = x->q->shape[1];
     const int64_t out = bn_projection_out(p), in = bn_projection_in(p);
+    assert(first % BN_QUANT_ROWS == 0);
     const bn_tiles tiles = bn_bitlinear_tiles(rows, out, in, backend->parallelism());
     const bitlinear_forward_args args = {.q = bn_i8(x->q) + first * stride,
                                          .act_scale = bn_f32(x->act_scale) + first,
@@ -64,7 +68,7 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
     return bn_run_bitlinear_forward(backend, &args, tiles.units, tiles.grain);
 }
 
-bn_status bn_projection_forward(const bn_projection *p, int64_t first, int64_t rows, float *y) {
+bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows, float *y) {
     if (p->ternary) {
         return ternary_forward(p, first, rows, y);
     }
@@ -76,10 +80,11 @@ bn_status bn_projection_forward(const bn_projection *p, int64_t first, int64_t r
                       .n = out,
                       .k = in,
                       .ldc = out};
-    return bn_launch_gemm(bn_backend_of(p->x), args);
+    return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
 
-bn_status bn_projection_backward_x(const bn_projection *p, int64_t rows, const float *dy, float *dx, bool accumulate) {
+bn_status bn_projection_backward_x(const bn_projection *p, bn_precision precision, int64_t rows, const float *dy,
+                                   float *dx, bool accumulate) {
     const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
     gemm_args args = {.a = {.data = dy, .row_stride = out, .col_stride = 1, .dtype = BN_F32},
                       .b = {.data = bn_f32(p->weight), .row_stride = in, .col_stride = 1, .dtype = BN_F32},
@@ -94,11 +99,11 @@ bn_status bn_projection_backward_x(const bn_projection *p, int64_t rows, const f
         args.b.data = bn_data(p->weight->ternary->codes);
         args.b.dtype = BN_I8;
     }
-    return bn_launch_gemm(bn_backend_of(p->x), args);
+    return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
 
-bn_status bn_projection_backward_weight(const bn_projection *p, int64_t first, int64_t rows, const float *dy, float *dw,
-                                        bool accumulate) {
+bn_status bn_projection_backward_weight(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
+                                        const float *dy, float *dw, bool accumulate) {
     const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
     gemm_args args = {.a = {.data = dy, .row_stride = 1, .col_stride = out, .dtype = BN_F32},
                       .b = {.data = bn_f32(p->x) + first * in, .row_stride = in, .col_stride = 1, .dtype = BN_F32},
@@ -114,9 +119,10 @@ bn_status bn_projection_backward_weight(const bn_projection *p, int64_t first, i
                                 .row_stride = x->q->shape[1],
                                 .col_stride = 1,
                                 .depth_scale = bn_f32(x->act_scale) + first,
-                                .dtype = BN_I8};
+                                .dtype = BN_I8,
+                                .tiled = true};
     }
-    return bn_launch_gemm(bn_backend_of(p->x), args);
+    return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
 
 bn_projection_versions bn_projection_versions_now(const bn_projection *p) {

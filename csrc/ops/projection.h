@@ -22,14 +22,16 @@ BN_CHECKED bn_status bn_projection_check(const char *op, const bn_tensor *x, con
 /* Brings the ternary forms of weight and x up to date (nothing to do in full precision). While recording on an explicit
  * tape the quantization of x becomes a node of its own, once for all projections that read x. */
 BN_CHECKED bn_status bn_projection_prepare(const bn_projection *p);
-/* y (rows, out) = x[first : first + rows] W^T. */
-BN_CHECKED bn_status bn_projection_forward(const bn_projection *p, int64_t first, int64_t rows, float *y);
+/* y (rows, out) = x[first : first + rows] W^T. `first` is a multiple of BN_QUANT_ROWS. A ternary product is exact in
+ * either precision. */
+BN_CHECKED bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
+                                           float *y);
 /* dx (rows, in) (+)= dy W, with W as the forward pass used it. dx belongs to rows first.. of x. */
-BN_CHECKED bn_status bn_projection_backward_x(const bn_projection *p, int64_t rows, const float *dy, float *dx,
-                                              bool accumulate);
+BN_CHECKED bn_status bn_projection_backward_x(const bn_projection *p, bn_precision precision, int64_t rows,
+                                              const float *dy, float *dx, bool accumulate);
 /* dW (out, in) (+)= dy^T x[first : first + rows], with x as the forward pass used it. */
-BN_CHECKED bn_status bn_projection_backward_weight(const bn_projection *p, int64_t first, int64_t rows, const float *dy,
-                                                   float *dw, bool accumulate);
+BN_CHECKED bn_status bn_projection_backward_weight(const bn_projection *p, bn_precision precision, int64_t first,
+                                                   int64_t rows, const float *dy, float *dw, bool accumulate);
 
 /* What the forward pass quantized, to refuse a backward pass over something else. */
 typedef struct bn_projection_versions {

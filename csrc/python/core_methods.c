@@ -314,6 +314,26 @@ static PyObject *is_grad_enabled(PyObject *module, PyObject *unused) {
     return PyBool_FromLong(bn_grad_is_enabled());
 }
 
+static PyObject *get_precision(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    return PyUnicode_FromString(bn_get_precision() == BN_FAST ? "fast" : "fp32");
+}
+
+static PyObject *set_precision(PyObject *module, PyObject *name) {
+    (void)module;
+    const char *text = PyUnicode_AsUTF8(name);
+    if (text == NULL) {
+        return NULL;
+    }
+    const bool fast = strcmp(text, "fast") == 0;
+    if (!fast && strcmp(text, "fp32") != 0) {
+        return PyErr_Format(PyExc_ValueError, "precision must be fast or fp32, not '%s'", text);
+    }
+    bn_set_precision(fast ? BN_FAST : BN_EXACT);
+    Py_RETURN_NONE;
+}
+
 /* ---- the machine -------------------------------------------------------------------------------------------- */
 
 static PyObject *set_threads(PyObject *module, PyObject *count) {
@@ -406,12 +426,14 @@ PyMethodDef bn_core_methods[] = {
     {"clip_grad_norm", clip_grad_norm, METH_VARARGS, "(grad, max_norm, norm out, factor out)."},
     {"adamw", WITH_KEYWORDS(adamw), "One AdamW step over flat tensors."},
     {"disable_grad", disable_grad, METH_NOARGS, "Enters no_grad on this thread."},
+    {"get_precision", get_precision, METH_NOARGS, "This thread's precision: 'fast' or 'fp32'."},
+    {"set_precision", set_precision, METH_O, "Sets the precision of what this thread records from now on."},
     {"enable_grad", enable_grad, METH_NOARGS, "Leaves no_grad on this thread."},
     {"is_grad_enabled", is_grad_enabled, METH_NOARGS, "False inside no_grad."},
     {"set_threads", set_threads, METH_O, "Threads that kernels use, 0 for the default. Never changes a result."},
     {"get_threads", get_threads, METH_NOARGS, "Threads that kernels use."},
     {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},
-    {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Never changes a result."},
+    {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Changes no result but those of fast precision."},
     {"current_isa", current_isa, METH_NOARGS, "The instruction set in use."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether this build has CUDA kernels."},
     {"memory_stats", memory_stats, METH_NOARGS, "Bytes in use, cached, at most in use, and calls to the system."},

@@ -22,7 +22,7 @@ bn_status bn_quantized_make(bn_tensor *x) {
         return bn_fail(BN_ERR_MEMORY, "out of memory for a quantized activation");
     }
     const int64_t rows[] = {bn_row_count(x)};
-    const int64_t padded[] = {rows[0], bn_round_up(bn_last_dim(x), BN_QUANT_PAD)};
+    const int64_t padded[] = {bn_round_up(rows[0], BN_QUANT_ROWS), bn_round_up(bn_last_dim(x), BN_QUANT_PAD)};
     bn_status status = bn_tensor_new(bn_backend_of(x), BN_I8, 2, padded, &z->q);
     if (status == BN_OK) {
         status = bn_tensor_new(bn_backend_of(x), BN_F32, 1, rows, &z->act_scale);

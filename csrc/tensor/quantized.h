@@ -8,7 +8,7 @@
 #include "tensor/tensor.h"
 
 struct bn_quantized {
-    bn_tensor *q;         /* i8 (rows, cols rounded up to BN_QUANT_PAD) */
+    bn_tensor *q;         /* i8, rows and cols rounded up to whole tiles: bn_quantized_at in kernels.h */
     bn_tensor *act_scale; /* f32 (rows): x = q * act_scale */
     bn_tensor *row_sum;   /* i32 (rows) */
     uint64_t version;     /* of the activation's storage when it was quantized */

@@ -26,6 +26,11 @@ void bn_grad_disable(void) { grad_disabled++; }
 void bn_grad_enable(void) { grad_disabled--; }
 bool bn_grad_is_enabled(void) { return grad_disabled == 0; }
 
+static _Thread_local bn_precision precision = BN_EXACT;
+
+bn_precision bn_get_precision(void) { return precision; }
+void bn_set_precision(bn_precision wanted) { precision = wanted; }
+
 bool bn_tape_makes(const bn_tensor *tensor) { return entered_tape == NULL || tensor->tape == entered_tape; }
 
 bool bn_wants_grad(bn_tensor *const *inputs, int count) {
@@ -228,6 +233,7 @@ static bn_status run_forward(bn_node *node) {
 
 bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
     bn_tape *tape;
+    node->precision = precision;
     BN_NODE_TRY(node, current_tape(&tape));
     const bool grad = node->op->backward != NULL && bn_wants_grad(node->inputs, BN_NODE_INPUTS);
     const bool record = grad || tape->is_explicit;

@@ -12,6 +12,14 @@
 
 #include "tensor/tensor.h"
 
+/* How products are multiplied whose result is not part of the forward pass's promise: gradients, and the logits of a
+ * loss that is differentiated. EXACT: f32, the same bits on every instruction set. FAST: factors rounded to bf16, sums
+ * in f32, the same bits for any number of threads. */
+typedef enum bn_precision { BN_EXACT, BN_FAST } bn_precision;
+/* Of the nodes this thread records from now on; EXACT at first. */
+bn_precision bn_get_precision(void);
+void bn_set_precision(bn_precision precision);
+
 #define BN_NODE_INPUTS 5
 #define BN_NODE_SAVED 5
 #define BN_NODE_PARAMS 64
@@ -30,6 +38,7 @@ struct bn_node {
     bn_tensor *inputs[BN_NODE_INPUTS];
     bn_tensor *saved[BN_NODE_SAVED]; /* what backward needs beside inputs and output */
     bn_tensor *output;
+    bn_precision precision; /* of its products, as it was set when the node was recorded */
     _Alignas(8) unsigned char params[BN_NODE_PARAMS];
 };
 

@@ -1,42 +1,26 @@
 /*
- * test_products.c: gemm, ternarize, quantize_rows and bitlinear_forward of every instruction set this CPU has, against
- * plain loops and quant/ternary.h, bit for bit; with guard bytes around every output, odd shapes, all layouts and tile
- * sizes. One line per check; exit status 1 if any failed.
+ * test_products.c: gemm, gemm_bf16, ternarize, quantize_rows and bitlinear_forward of every instruction set this CPU
+ * has, against plain loops and quant/ternary.h, bit for bit (gemm_bf16: within the bound of its roundings); with guard
+ * bytes around every output, odd shapes, all layouts and tile sizes. One line per check; exit status 1 if any failed.
  */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/kernels.h"
+#include "cpu/cpu.h"
 #include "kernels/tiles.h"
 #include "quant/ternary.h"
 
-extern const bn_kernel_table bn_kernels_scalar;
-#if defined(__x86_64__)
-extern const bn_kernel_table bn_kernels_avx2, bn_kernels_avx512vnni;
-#elif defined(__aarch64__)
-extern const bn_kernel_table bn_kernels_neon;
-#endif
-
-static const bn_kernel_table *tables[4];
+/* What each instruction set of this CPU does itself, scalar first. */
+static const bn_kernel_table *tables[16];
 static int table_count;
 static void *scratch;
 
 static void find_tables(void) {
-    tables[table_count++] = &bn_kernels_scalar;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        tables[table_count++] = &bn_kernels_avx2;
+    for (; table_count < bn_cpu_isa_count(); table_count++) {
+        tables[table_count] = bn_cpu_isa_own_kernels(table_count);
     }
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
-        tables[table_count++] = &bn_kernels_avx512vnni;
-    }
-#elif defined(__aarch64__)
-    tables[table_count++] = &bn_kernels_neon;
-#endif
 }
 
 /* ---- checks, numbers, guarded memory ------------------------------------------------------------------ */
@@ -161,6 +145,33 @@ static bool gemm_oracle(const gemm_args *g, const float *before, float *expected
     return close;
 }
 
+static float to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The product of factors rounded to bf16: products of two are exact in f32, and each of at most k + 1 sums rounds by
+ * half an ulp of at most the sum of sizes, in whatever order. */
+static bool is_bf16_product(const gemm_args *g, const float *before) {
+    bool close = true;
+    for (int64_t i = 0; i < g->m; i++) {
+        for (int64_t j = 0; j < g->n; j++) {
+            double exact = g->accumulate ? (double)before[i * g->ldc + j] : 0.0, size = fabs(exact);
+            for (int64_t p = 0; p < g->k; p++) {
+                const double product =
+                    (double)to_bf16(factor(&g->a, i, p, p)) * (double)to_bf16(factor(&g->b, p, j, p));
+                exact += product;
+                size += fabs(product);
+            }
+            close = close && fabs((double)g->c[i * g->ldc + j] - exact) <= (double)(g->k + 1) * 0x1p-24 * size;
+        }
+    }
+    return close;
+}
+
 static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
     /* With room to spare after each row, so that no stride is the width by accident. */
     const int64_t lda = (variant & A_TRANSPOSED ? m : k) + 3, ldb = (variant & B_TRANSPOSED ? k : n) + 5, ldc = n + 2;
@@ -199,13 +210,26 @@ static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
     const bn_tiles chosen = bn_gemm_tiles(m, n, k, 3);
     const int64_t tiles[][2] = {{m + 1, n + 1}, {5, 7}, {16, 33}, {chosen.tile_m, chosen.tile_n}};
     for (int t = 0; t < table_count; t++) {
-        for (int s = 0; s < 4; s++) {
+        for (int s = 0; tables[t]->gemm != NULL && s < 4; s++) {
             g.tile_m = tiles[s][0];
             g.tile_n = tiles[s][1];
             memcpy(c, before, (size_t)bytes);
             EACH_UNIT_BACKWARDS(tables[t]->gemm, &g, bn_ceil_div(m, g.tile_m) * bn_ceil_div(n, g.tile_n))
             const bool ok = memcmp(c, expected, (size_t)bytes) == 0 && intact(c, bytes);
             expect(ok, "gemm", tables[t]->isa, m, n, k, variant);
+        }
+    }
+    for (int t = 0; t < table_count; t++) {
+        for (int s = 0; tables[t]->gemm_bf16 != NULL && s < 4; s++) {
+            g.tile_m = tiles[s][0];
+            g.tile_n = tiles[s][1];
+            memcpy(c, before, (size_t)bytes);
+            EACH_UNIT_BACKWARDS(tables[t]->gemm_bf16, &g, bn_ceil_div(m, g.tile_m) * bn_ceil_div(n, g.tile_n))
+            expect(is_bf16_product(&g, before) && intact(c, bytes), "gemm_bf16", tables[t]->isa, m, n, k, variant);
+            if (s == 0) {
+                memcpy(expected, c, (size_t)bytes);
+            }
+            expect(memcmp(c, expected, (size_t)bytes) == 0, "gemm_bf16, tiles", tables[t]->isa, m, n, k, variant);
         }
     }
     void *all[] = {af, bf, depth, before, expected, c, ai, bi};
@@ -256,7 +280,7 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
     }
     const float scales[] = {0.5f, 0.3f, 1e-5f, NAN};
     for (int s = 0; s < 4; s++) {
-        for (int t = 0; t < table_count; t++) {
+        for (int t = 0; t < table_count && tables[t]->ternarize != NULL; t++) {
             memcpy(codes, old, (size_t)count);
             const ternarize_args a = {w, &scales[s], codes, panels, tally, rows, cols};
             EACH_UNIT_BACKWARDS(tables[t]->ternarize, &a, groups)
@@ -290,7 +314,8 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
 static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
     const int64_t stride = bn_round_up(cols, BN_QUANT_PAD) + spare;
     float *x = fenced(rows * cols * 4), *act_scale = fenced(rows * 4);
-    int8_t *q = fenced(rows * stride), *expected = fenced(stride);
+    const int64_t bytes = bn_round_up(rows, BN_QUANT_ROWS) * stride;
+    int8_t *q = fenced(bytes), *expected = fenced(stride);
     int32_t *row_sum = fenced(rows * 4);
     for (int64_t i = 0; i < rows * cols; i++) {
         x[i] = random_float() * ldexpf(1.0f, (int)(i / cols % 7) * 20 - 60); /* rows from far below eps to 2^60 */
@@ -303,8 +328,11 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
     }
     for (int t = 0; t < table_count; t++) {
         const quantize_rows_args a = {x, q, act_scale, row_sum, rows, cols, stride};
+        if (tables[t]->quantize_rows == NULL) {
+            continue;
+        }
         EACH_UNIT_BACKWARDS(tables[t]->quantize_rows, &a, rows)
-        bool ok = intact(q, rows * stride) && intact(act_scale, rows * 4) && intact(row_sum, rows * 4);
+        bool ok = intact(q, bytes) && intact(act_scale, rows * 4) && intact(row_sum, rows * 4);
         for (int64_t r = 0; r < rows; r++) {
             memset(expected, 0, (size_t)stride);
             const float scale = bn_int8_row(x + r * cols, cols, expected);
@@ -313,7 +341,9 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
                 sum += expected[c];
             }
             ok = ok && memcmp(&scale, &act_scale[r], 4) == 0 && sum == row_sum[r];
-            ok = ok && memcmp(expected, q + r * stride, (size_t)stride) == 0;
+            for (int64_t c = 0; c < stride; c++) {
+                ok = ok && expected[c] == q[bn_quantized_at(r, c, stride)];
+            }
         }
         expect(ok, "quantize_rows", tables[t]->isa, rows, cols, 0, (int)spare);
     }
@@ -347,7 +377,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     const int64_t padded = bn_round_up(k, BN_QUANT_PAD), stride = padded + spare, bytes = m * n * 4;
     float *x = fenced(m * k * 4), *w = fenced(n * k * 4), *act_scale = fenced(m * 4), *y = fenced(bytes);
     float *expected = fenced(bytes);
-    int8_t *q = fenced(m * stride), *codes = fenced(n * k);
+    int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride), *codes = fenced(n * k);
     uint8_t *panels = fenced(bn_round_up(n, BN_PANEL_ROWS) * padded);
     int32_t *row_sum = fenced(m * 4), *tally = fenced(n * 16);
     for (int64_t i = 0; i < m * k; i++) {
@@ -362,21 +392,22 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     const float scale = bn_absmean_scale(w, n * k);
     const quantize_rows_args qa = {x, q, act_scale, row_sum, m, k, stride};
     const ternarize_args ta = {w, &scale, codes, panels, tally, n, k};
-    bn_kernels_scalar.quantize_rows(&qa, 0, m, scratch);
-    bn_kernels_scalar.ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
+    tables[0]->quantize_rows(&qa, 0, m, scratch);
+    tables[0]->ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
             int64_t sum = 0;
             for (int64_t p = 0; p < k; p++) {
-                sum += q[i * stride + p] * codes[j * k + p];
+                sum += q[bn_quantized_at(i, p, stride)] * codes[j * k + p];
             }
             expected[i * n + j] = (float)sum * (act_scale[i] * scale);
         }
     }
     const bn_tiles chosen = bn_bitlinear_tiles(m, n, k, 3);
-    const int64_t tiles[][2] = {{m + 1, bn_round_up(n + 1, 16)}, {3, 16}, {9, 64}, {chosen.tile_m, chosen.tile_n}};
+    const int64_t tiles[][2] = {
+        {bn_round_up(m + 1, 16), bn_round_up(n + 1, 16)}, {16, 16}, {32, 64}, {chosen.tile_m, chosen.tile_n}};
     for (int t = 0; t < table_count; t++) {
-        for (int s = 0; s < 4; s++) {
+        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 4; s++) {
             const bitlinear_forward_args a = {q, act_scale, row_sum, panels, &scale,      y,
                                               m, n,         k,       stride, tiles[s][0], tiles[s][1]};
             memset(y, 0x3C, (size_t)bytes);
@@ -392,7 +423,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
 }
 
 static void test_bitlinear(void) {
-    static const int64_t ms[] = {1, 2, 4, 7, 8, 17}, ns[] = {1, 15, 16, 17, 31, 33, 48, 97};
+    static const int64_t ms[] = {1, 2, 4, 7, 17, 49}, ns[] = {1, 15, 16, 17, 31, 33, 48, 97};
     static const int64_t ks[] = {1, 15, 64, 65, 200};
     for (int i = 0; i < 6; i++) {
         for (int j = 0; j < 8; j++) {
@@ -418,7 +449,8 @@ static void test_tiles(void) {
             const bn_tiles pair[] = {bn_gemm_tiles(m, n, k, workers), bn_bitlinear_tiles(m, n, k, workers)};
             for (int which = 0; which < 2; which++) {
                 const bn_tiles t = pair[which];
-                bool ok = t.tile_m > 0 && t.tile_n > 0 && t.tile_n % BN_PANEL_ROWS == 0 && t.grain >= 1;
+                bool ok = t.tile_m > 0 && t.tile_n > 0 && t.tile_n % BN_PANEL_ROWS == 0 &&
+                          t.tile_m % BN_QUANT_ROWS == 0 && t.grain >= 1;
                 ok = ok && t.units == bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
                 const int64_t smallest = bn_ceil_div(m, BN_TILE_ROWS) * bn_ceil_div(n, BN_TILE_COLUMNS);
                 const int64_t plenty = bn_min_i64(smallest / 4, 2 * workers);

@@ -1,0 +1,68 @@
+/*
+ * micro.h: a matrix product on one core, in three layers. product.c cuts it into blocks that fit the caches; pack.inc
+ * lays the factors of a block out in tiles; a micro-kernel multiplies tiles. Only the last two know types and
+ * instruction sets.
+ *
+ * A *tile* is 1 KiB: sixteen lanes (rows of the left factor, columns of the right one) by sixteen words along the
+ * summed index p. A word is four bytes: one f32, two bf16 or four int8, so a tile covers 16, 32 or 64 values of p. left
+ * tile [lane][word]        right tile [word][lane] A *panel* is sixteen lanes over all of p: its tiles lie one after
+ * the other. Lanes beyond a factor's last may hold anything; beyond the last p there are zeros. It is the layout of
+ * Intel's AMX, and dot products of any width read it just as well: a right tile's row is one or more whole registers, a
+ * left tile's word is broadcast.
+ */
+#ifndef BN_CPU_MICRO_H
+#define BN_CPU_MICRO_H
+
+#include "kernels/kernels.h"
+
+enum { BN_TILE_LANES = 16, BN_TILE_WORDS = 16, BN_TILE_BYTES = 1024 };
+
+/* c[0..rows)[0..cols) (+)= left right^T, all of it in caches that the caller chose. */
+typedef struct bn_block {
+    const void *left, *right;        /* first panels */
+    int64_t left_panel, right_panel; /* bytes from one panel to the next */
+    int64_t steps;                   /* tiles along p */
+    void *c;                         /* f32, or i32 for integers, row stride ldc */
+    int64_t ldc, rows, cols;
+    bool resume; /* add to what c holds */
+} bn_block;
+
+/* Brings part of a factor into panels: lanes [first_lane, + lanes) by p in [first_p, + depth). The element (lane, p) is
+ * at data[lane * lane_stride + p * p_stride], one of the strides being 1; where `tiled`, it is the int8 form of an
+ * activation, lanes being its columns, p its rows and p_stride the bytes of a row (kernels.h: quantize_rows). */
+typedef struct bn_packing {
+    const void *data;
+    bn_dtype dtype; /* f32 or i8 */
+    bool tiled, left;
+    int64_t lane_stride, p_stride;
+    const float *factor; /* multiplies p - first_p before the rounding; NULL: one */
+    int64_t first_lane, lanes, first_p, depth;
+    void *panels;
+    int64_t panel_bytes;
+} bn_packing;
+
+typedef struct bn_micro {
+    const char *name;
+    int per_word;   /* values of p in a word */
+    int rows, cols; /* of the register tile; blocks in multiples of these leave no edge */
+    void (*multiply)(const bn_block *block);
+    void (*pack)(const bn_packing *packing); /* NULL for integers: both factors are kept in tiles */
+} bn_micro;
+
+/* Values of p in a tile, and tiles that `depth` of them need. */
+static inline int64_t bn_micro_depth(const bn_micro *micro) { return BN_TILE_WORDS * micro->per_word; }
+static inline int64_t bn_micro_steps(const bn_micro *micro, int64_t depth) {
+    return bn_ceil_div(depth, bn_micro_depth(micro));
+}
+
+/* The tiles [begin, end) of a gemm (kernels.h), in `scratch`. */
+void bn_product_gemm(const bn_micro *micro, const gemm_args *args, int64_t begin, int64_t end, void *scratch);
+
+/* Turns integer sums [rows][ldc] of a strip of y into y. */
+typedef void bn_finish_strip(const bitlinear_forward_args *args, const int32_t *sums, int64_t ldc, int64_t top,
+                             int64_t rows, int64_t left, int64_t cols);
+/* The tiles [begin, end) of a bitlinear_forward. */
+void bn_product_bitlinear(const bn_micro *micro, bn_finish_strip *finish, const bitlinear_forward_args *args,
+                          int64_t begin, int64_t end, void *scratch);
+
+#endif
