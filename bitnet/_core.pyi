@@ -249,6 +249,21 @@ def use_isa(name: str, /) -> None:
     """Never changes a result."""
 
 def current_isa() -> str: ...
+def peak(kind: str, /) -> tuple[float, str]:
+    """(multiply-adds a second, name of the instructions) at most, of all threads: measured now, in some 12 ms.
+
+    kind: f32, bf16 or int8, by what is multiplied. ValueError for another.
+    """
+
+def time_product(
+    product: str, ternary: bool, rows: int, in_features: int, out_features: int, repeats: int, /
+) -> list[float]:
+    """Seconds of each of `repeats` runs of y = x W^T, dx = dy W or dw = dy^T x, nothing else: for benchmarks.
+
+    product: y, dx or dw, in this thread's precision; operands are random, made and quantized before. ValueError for
+    sizes below 1.
+    """
+
 def has_cuda() -> bool: ...
 def memory_stats() -> dict[str, int]:
     """Bytes in_use, cached for reuse, high_water (most in use), and system_calls (blocks taken from the system)."""

@@ -6,8 +6,10 @@
 #include "base/parallel.h"
 #include "base/rng.h"
 #include "cpu/cpu.h"
+#include "cpu/peak.h"
 #include "ops/ops.h"
 #include "ops/optimizer.h"
+#include "ops/time_product.h"
 #include "quant/ternary.h"
 #include "tensor/ternary_weight.h"
 
@@ -385,6 +387,61 @@ static PyObject *current_isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(bn_cpu_current_isa());
 }
 
+static PyObject *peak(PyObject *module, PyObject *name) {
+    static const char *const kinds[BN_PEAK_KINDS] = {"f32", "bf16", "int8"};
+    const char *text = PyUnicode_AsUTF8(name);
+    if (text == NULL) {
+        return NULL;
+    }
+    for (int kind = 0; kind < BN_PEAK_KINDS; kind++) {
+        if (strcmp(text, kinds[kind]) == 0) {
+            bn_peak p;
+            bn_status status;
+            BN_WITHOUT_GIL(status, bn_cpu_peak((bn_peak_kind)kind, 0.01, &p));
+            return status == BN_OK ? Py_BuildValue("(ds)", p.macs_per_second, p.name)
+                                   : bn_raise(bn_state(module), status);
+        }
+    }
+    return PyErr_Format(PyExc_ValueError, "peak: the kinds are f32, bf16 and int8, not %R", name);
+}
+
+static PyObject *time_product(PyObject *module, PyObject *args) {
+    static const char *const names[BN_PRODUCTS] = {"y", "dx", "dw"};
+    const char *name;
+    int ternary, repeats;
+    long long rows, in, out;
+    if (!PyArg_ParseTuple(args, "spLLLi:time_product", &name, &ternary, &rows, &in, &out, &repeats)) {
+        return NULL;
+    }
+    int product = 0;
+    while (product < BN_PRODUCTS && strcmp(name, names[product]) != 0) {
+        product++;
+    }
+    if (product == BN_PRODUCTS || rows < 1 || in < 1 || out < 1 || repeats < 1) {
+        return PyErr_Format(PyExc_ValueError,
+                            "time_product: a product y, dx or dw of at least 1 row, input and output, timed at least "
+                            "once; not %s of %lld, %lld and %lld, %d times",
+                            name, rows, in, out, repeats);
+    }
+    double *seconds = PyMem_Calloc((size_t)repeats, sizeof *seconds);
+    if (seconds == NULL) {
+        return PyErr_NoMemory();
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_time_product((bn_product)product, ternary, rows, in, out, repeats, seconds));
+    PyObject *list = status == BN_OK ? PyList_New(repeats) : bn_raise(bn_state(module), status);
+    for (int i = 0; list != NULL && i < repeats; i++) {
+        PyObject *one = PyFloat_FromDouble(seconds[i]);
+        if (one == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, one);
+    }
+    PyMem_Free(seconds);
+    return list;
+}
+
 static PyObject *has_cuda(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
@@ -435,6 +492,9 @@ PyMethodDef bn_core_methods[] = {
     {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},
     {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Changes no result but those of fast precision."},
     {"current_isa", current_isa, METH_NOARGS, "The instruction set in use."},
+    {"peak", peak, METH_O, "(multiply-adds a second of all threads, name) of a kind: f32, bf16 or int8."},
+    {"time_product", time_product, METH_VARARGS,
+     "(y, dx or dw; ternary; rows, in, out; repeats): seconds of each run of one product of a linear map."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether this build has CUDA kernels."},
     {"memory_stats", memory_stats, METH_NOARGS, "Bytes in use, cached, at most in use, and calls to the system."},
     {"memory_trim", memory_trim, METH_NOARGS, "Gives cached memory back to the system."},
