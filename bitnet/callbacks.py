@@ -81,6 +81,7 @@ class Progress(Callback):
             shown["val"] = f"{record['val_loss']:.3f}"
             shown["ppl"] = f"{record['perplexity']:.4g}"
         shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
+        shown["mfu"] = f"{record['mfu']:.1%}"
         if record["zero_share"] is not None:
             shown["zeros"] = f"{record['zero_share']:.1%}"
             shown["flips"] = f"{record['flip_share']:.2%}"

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]  # step, train_loss, val_loss, tokens_per_second and the rest, of one step
+# Of one step: step, tokens, train_loss, val_loss, perplexity, tokens_per_second, mfu (share of the machine's measured
+# peak, bitnet/mfu.py), lr, grad_norm, zero_share, flip_share, seconds, memory (bytes).
+Record = dict[str, Any]
 
 SMOOTHING = 0.9  # of the loss shown: about the last ten steps
 

@@ -18,6 +18,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bitnet import mfu
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
 from bitnet.data_cli import pack
@@ -273,11 +274,13 @@ def _introduce(trainer: Trainer) -> None:
     ternary = sum(layer.weight.size for _, layer in model.bitlinears())
     kind = f"{ternary / model.num_parameters():.0%} of them ternary" if ternary else "full precision"
     steps = c.steps or 0
+    print(f"peak: {mfu.describe(trainer.peaks)}")
     print(f"model: {model.num_parameters():,} parameters, {kind}; vocabulary {model.config.vocab_size:,}")
     print(
         f"plan: {steps:,} steps of {c.tokens_per_step:,} tokens = {steps * c.tokens_per_step / 1e6:.2f} M tokens, "
         f"{trainer.loader.epoch(steps * c.grad_accum):.2f} epochs; {c.schedule}, lr {c.lr:g} to {c.min_lr:g}, "
-        f"{c.warmup} steps of warm-up; evaluation every {c.eval_every}, checkpoint every {c.save_every}",
+        f"{c.warmup} steps of warm-up; evaluation every {c.eval_every}, checkpoint every {c.save_every}; "
+        f"backward in {'bf16' if c.precision == 'fast' else 'f32'}",
         flush=True,
     )
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitnet import _core, checkpoint, ops, optim
+from bitnet import _core, checkpoint, mfu, ops, optim
 from bitnet._core import Tensor
 from bitnet.data import DataLoader, ShardDataset, eval_blocks
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
@@ -60,6 +60,7 @@ class TrainerConfig:
     schedule: str = option("cosine", "cosine, or two-stage: linear decay, second half lower and without decay", True)
     weight_decay: float = option(0.1, "AdamW's, on matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
+    precision: str = option("fast", "products of the backward pass: fast (bf16, sums in f32) or fp32 (exact)")
     eval_every: int | None = option(None, "steps between evaluations (a tenth of all)", True)
     eval_blocks: int = option(0, "most held-out sequences in an evaluation; 0: all", True)
     save_every: int | None = option(None, "steps between checkpoints (a tenth of all)", True)
@@ -80,7 +81,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be positive, not {value}")
-        for name, allowed in {"order": ("shuffled", "random"), "schedule": ("cosine", "two-stage")}.items():
+        words = {"order": ("shuffled", "random"), "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS}
+        for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
@@ -214,6 +216,7 @@ class Trainer:
         self.optimizer = optim.AdamW(model, lr=c.lr, weight_decay=c.weight_decay)
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
+        self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned
         self.best: dict[str, Any] | None = None  # {"step", "val_loss"} of the best checkpoint
         self.over = False
         self.history: list[Record] = []
@@ -223,6 +226,8 @@ class Trainer:
         self._interrupts = Interrupts()
         self.samples: list[str] = []  # prompt and continuation after each evaluation
         self._callbacks = [*standard_callbacks(self.out, self.config.plots), *callbacks]
+        rows = c.batch_size * c.grad_accum
+        self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision)  # of one step
         self._forget_tapes()
 
     def _held_out(self) -> ShardDataset | None:
@@ -286,6 +291,7 @@ class Trainer:
         steps = c.steps or (self._steps_that_fit(c.minutes) if c.minutes else DEFAULT_STEPS)
         self.config = c.resolved(steps)
         self.over = self._is_over()
+        self.peaks = self.peaks or mfu.measure_peaks()
 
     def _steps_that_fit(self, minutes: float) -> int:
         """Steps in the given time, evaluations included: two micro-batches are timed, without an update."""
@@ -345,6 +351,7 @@ class Trainer:
                 "val_loss": None,
                 "perplexity": None,
                 "tokens_per_second": c.tokens_per_step / seconds,
+                "mfu": mfu.mfu(self._macs, self.peaks, seconds),
                 "lr": lr,
                 "grad_norm": norm,
                 "zero_share": codes.zero_share if codes.count else None,

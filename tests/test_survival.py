@@ -27,7 +27,7 @@ FLAGS = (
     "--threads 1 --batch-size 4 --seq-len 32 --steps 200 --eval-every 12 --save-every 5 --sample-tokens 8 "
     "--val-fraction 0.2 --plots false"
 ).split()
-TIMINGS = ("seconds", "tokens_per_second", "memory")
+TIMINGS = ("seconds", "tokens_per_second", "mfu", "memory")
 
 
 @pytest.fixture(scope="module")

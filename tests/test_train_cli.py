@@ -58,7 +58,7 @@ def test_a_whole_run(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--data", text, *SMALL) == 0
     out = capsys.readouterr().out
     folder = Path("runs/nano-numbers-001")
-    chosen = ("cpu: ", " threads; ", "6 steps of 32 tokens", "step 6/6", "a sample:")
+    chosen = ("cpu: ", " threads; ", "peak: int8 ", "6 steps of 32 tokens", "step 6/6", "  mfu ", "a sample:")
     for words in (*chosen, f"next: python -m bitnet.generate {folder} -p"):
         assert words in out
     names = sorted(path.name for path in folder.iterdir())

@@ -48,7 +48,7 @@ def test_fit_learns_and_says_so(folder: Path) -> None:
     assert last["tokens"] == 12 * 4 * 16
     assert 0.2 < last["zero_share"] < 0.5
     assert history[0]["flip_share"] > 0
-    assert all(record["tokens_per_second"] > 0 and record["memory"] > 0 for record in history)
+    assert all(record["tokens_per_second"] > 0 and record["mfu"] > 0 and record["memory"] > 0 for record in history)
 
 
 def test_the_twin_has_no_codes(folder: Path) -> None:
