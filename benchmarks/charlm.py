@@ -13,17 +13,17 @@ whole blocks of 256. REFERENCE holds what an independent PyTorch implementation 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import history
 import machine
 import numpy as np
 
 import bitnet
-from bitnet import BitNetConfig, BitNetForCausalLM, Tape
+from bitnet import BitNetConfig, BitNetForCausalLM, Tape, mfu
 from bitnet.optim import AdamW, warmup_cosine
 
 REFERENCE = {  # validation loss in nats per character, by step
@@ -74,14 +74,17 @@ def validation_loss(model: BitNetForCausalLM, ids: np.ndarray) -> float:
     return total / len(starts)
 
 
-def train(ids: np.ndarray, vocabulary: int, seed: int, twin: bool, steps: int) -> Iterator[tuple[int, float, float]]:
+def train(
+    ids: np.ndarray, vocabulary: int, seed: int, twin: bool, precision: str, steps: int
+) -> Iterator[tuple[int, float, float]]:
     """Yields (step, validation loss, seconds of training so far) at the steps of the table."""
     split = int(0.9 * len(ids))
     training, held_out = ids[:split], ids[split:]
     linear = "linear" if twin else "bitlinear"
     model = BitNetForCausalLM(BitNetConfig.preset("char", vocab_size=vocabulary, linear=linear), seed)
     optimizer = AdamW(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    loss = Recorded(model, ROWS)
+    with bitnet.ops.precision(precision):
+        loss = Recorded(model, ROWS)
     rng = np.random.default_rng(seed)
     seconds = 0.0
     for step in range(steps):
@@ -103,7 +106,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="one run each (default 0)")
     parser.add_argument("--twin", action="store_true", help="full-precision linear layers")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: all processors")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here too")
+    parser.add_argument("--precision", choices=mfu.PRECISIONS, default="fast", help="of the backward pass")
+    history.add_arguments(parser)
     args = parser.parse_args()
     bitnet.set_threads(args.threads)
     here = machine.fingerprint()
@@ -111,19 +115,21 @@ def main() -> None:
     ids, vocabulary = read_ids(args.data)
     kind = "twin" if args.twin else "ternary"
     reference = REFERENCE[kind] if (len(ids), vocabulary) == REFERENCE_TEXT else {}
-    print(f"{args.data.name}: {len(ids):,} characters, {vocabulary} different; {kind}, {args.steps} steps")
+    print(f"{args.data.name}: {len(ids):,} characters, {vocabulary} different", end="; ")
+    print(f"{kind}, {args.precision}, {args.steps} steps")
     print(f"{'seed':>4} {'step':>5} {'val loss':>9} {'reference':>9} {'ratio':>7} {'tokens/s':>9}")
     results: list[dict[str, Any]] = []
     for seed in args.seeds:
-        for step, value, seconds in train(ids, vocabulary, seed, args.twin, args.steps):
+        for step, value, seconds in train(ids, vocabulary, seed, args.twin, args.precision, args.steps):
             speed = step * ROWS * LENGTH / seconds
             known = reference.get(step)
             beside = f"{known:9.3f} {value / known:7.4f}" if known else f"{'-':>9} {'-':>7}"
             print(f"{seed:4} {step:5} {value:9.4f} {beside} {speed:9,.0f}", flush=True)
-            results.append({"seed": seed, "step": step, "val_loss": value, "reference": known,
-                            "ratio": value / known if known else None, "tokens_per_second": speed})  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps({"model": kind, "results": results, "machine": here}, indent=1) + "\n")
+            ratio = value / known if known else None
+            more = {"seed": seed, "step": step, "reference": known, "ratio": ratio, "tokens_per_second": speed}
+            results.append(history.entry(f"loss at step {step}", [value], "nats", False, val_loss=value, **more))
+    settings = {"model": kind, "data": args.data.name, "precision": args.precision, "seeds": args.seeds}
+    history.keep(args, [history.run("charlm", settings, here, results, model=kind)])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def fingerprint() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("bitnet", "numpy", "torch")},
         "instruction_set": bitnet.current_isa(),
+        "revision": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
     }
 
 

@@ -1,10 +1,12 @@
 """Tokens per second and peak memory of a full training step, beside PyTorch: forward, backward, clip, AdamW.
 
     python benchmarks/train_speed.py --preset nano --seq-len 512 --threads 2 --json speed.json
+    python benchmarks/train_speed.py --preset char nano 125m --threads 1 2
 
 Each engine lives in a process of its own, so that its peak memory and its threads are its own, and only one of them
 runs at a time: they take turns in rounds of a few seconds, and the median over the rounds is reported, so that a
-machine that slows down slows all of them. bitnet replays a recorded step as its trainer does. PyTorch runs the tests'
+machine that slows down slows all of them. bitnet replays a recorded step as its trainer does, with a fast backward pass
+and, as bitnet_fp32, an exact one. PyTorch runs the tests'
 independent BitNet (torch_models.py) at its best: fused attention and AdamW, and a malloc that is told to keep its
 memory, without which page faults take up to half of its time. An engine that cannot run is reported with its error.
 """
@@ -22,13 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import history
 import machine
 import numpy as np
 
-ENGINES = ["bitnet", "torch_eager_fp32", "torch_compile_fp32", "torch_eager_bf16", "torch_compile_bf16"]
+OURS = {"bitnet": "fast", "bitnet_fp32": "fp32"}  # engine to the precision of its backward pass
+ENGINES = [*OURS, "torch_eager_fp32", "torch_compile_fp32", "torch_eager_bf16", "torch_compile_bf16"]
 BATCH = {"char": (16, 256), "nano": (4, 512), "125m": (4, 512)}  # batch size and length, by preset
 KEEP_MEMORY = {  # read by glibc as the process starts
     "MALLOC_MMAP_MAX_": "0",
@@ -43,7 +46,7 @@ Step = Callable[[np.ndarray, np.ndarray], float]
 # ---- the engines, each in a worker ----
 
 
-def bitnet_step(settings: dict[str, Any]) -> Step:
+def bitnet_step(engine: str, settings: dict[str, Any]) -> Step:
     import bitnet
 
     bitnet.set_threads(settings["threads"])
@@ -52,7 +55,7 @@ def bitnet_step(settings: dict[str, Any]) -> Step:
     optimizer = bitnet.optim.AdamW(model, lr=LR)
     shape = (settings["batch_size"], settings["seq_len"])
     tokens, targets = bitnet.zeros(shape, "i32"), bitnet.zeros(shape, "i32")
-    with bitnet.Tape() as tape:
+    with bitnet.ops.precision(OURS[engine]), bitnet.Tape() as tape:
         loss = model(tokens, targets)
 
     def step(new_tokens: np.ndarray, new_targets: np.ndarray) -> float:
@@ -97,7 +100,7 @@ def work(engine: str, settings: dict[str, Any]) -> None:
     """Takes turns: for every line on stdin, runs for so many seconds and answers with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    step = bitnet_step(settings) if engine == "bitnet" else torch_step(engine, settings)
+    step = bitnet_step(engine, settings) if engine in OURS else torch_step(engine, settings)
     data = batches(settings)
     for line in sys.stdin:
         seconds = float(line)
@@ -128,7 +131,7 @@ class Worker:
         self.error: str | None = None
         self.tokens = settings["batch_size"] * settings["seq_len"]
         environment = dict(os.environ)
-        if engine != "bitnet":
+        if engine not in OURS:
             environment |= KEEP_MEMORY | {"OMP_NUM_THREADS": str(settings["threads"])}
         command = [sys.executable, __file__, "--worker", engine, json.dumps(settings)]
         self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe for what it prints could fill and stop it)
@@ -181,50 +184,66 @@ def measure(engines: list[str], settings: dict[str, Any], rounds: int, seconds: 
 
 
 def table(reports: dict[str, Any]) -> str:
-    """Tokens/s, spread, peak memory, and how many times faster bitnet is."""
-    ours = reports.get("bitnet", {}).get("tokens_per_second")
-    lines = [f"{'engine':20} {'tokens/s':>10} {'min .. max':>19} {'peak MB':>9} {'bitnet is':>10}"]
+    """Tokens/s, spread, peak memory, and what they are beside the best of PyTorch and beside its plain self."""
+    torch = [report for engine, report in reports.items() if engine not in OURS and "error" not in report]
+    best = max((report["tokens_per_second"] for report in torch), default=None)
+    eager = reports.get("torch_eager_fp32", {})
+    head = f"{'engine':20} {'tokens/s':>10} {'min .. max':>19} {'peak MB':>9}"
+    lines = [f"{head} {'/ best torch':>12} {'/ eager fp32':>12} {'memory / its':>12}"]
     for engine, report in reports.items():
         if "error" in report:
             lines.append(f"{engine:20} cannot run: {report['error'].splitlines()[-1]}")
             continue
         speed, samples = report["tokens_per_second"], report["samples"]
-        ratio = f"{ours / speed:.2f} x" if ours else ""
+        memory = report["peak_memory_bytes"]
+        pairs = ((speed, best), (speed, eager.get("tokens_per_second")), (memory, eager.get("peak_memory_bytes")))
+        ratios = " ".join(f"{f'{value / base:.2f} x' if base else '-':>12}" for value, base in pairs)
         spread = f"{min(samples):,.0f} .. {max(samples):,.0f}"
-        lines.append(f"{engine:20} {speed:10,.0f} {spread:>19} {report['peak_memory_bytes'] / 1e6:9,.0f} {ratio:>10}")
+        lines.append(f"{engine:20} {speed:10,.0f} {spread:>19} {memory / 1e6:9,.0f} {ratios}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Training speed and memory beside PyTorch.")
-    parser.add_argument("--preset", default="nano", help="a preset of bitnet.config (default nano)")
+    parser.add_argument("--preset", "--presets", nargs="+", default=["nano"], dest="presets", metavar="P",
+                        help="presets of bitnet.config (default nano)")  # fmt: skip
     parser.add_argument("--seq-len", type=int, metavar="T", help="tokens in a row (default 512, for char 256)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="rows (default 4, for char 16)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of every engine (default 2)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], metavar="N", help="of every engine (default 2)")
     parser.add_argument("--rounds", type=int, default=5, metavar="R", help="turns of every engine (default 5)")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn (default 4)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="E", help=", ".join(ENGINES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here too")
+    parser.add_argument("--precision", nargs="+", choices=list(OURS.values()), default=list(OURS.values()),
+                        metavar="P", help="which engines of bitnet: fast, fp32 (default both)")  # fmt: skip
+    history.add_arguments(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker[0], json.loads(args.worker[1]))
         return
-    batch_size, seq_len = BATCH.get(args.preset, (4, 512))
-    settings = {
-        "preset": args.preset,
-        "seq_len": args.seq_len or seq_len,
-        "batch_size": args.batch_size or batch_size,
-        "threads": args.threads,
-    }
     here = machine.fingerprint()
     print(machine.one_line(here))
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    reports = measure(args.engines, settings, args.rounds, args.seconds)
-    print(table(reports))
-    if args.json:
-        settings |= {"rounds": args.rounds, "seconds": args.seconds}
-        args.json.write_text(json.dumps({**reports, "machine": here, "settings": settings}, indent=1) + "\n")
+    engines = [engine for engine in args.engines if OURS.get(engine, args.precision[0]) in args.precision]
+    runs = []
+    for preset in args.presets:
+        batch_size, seq_len = BATCH.get(preset, (4, 512))
+        for threads in args.threads:
+            settings = {
+                "preset": preset,
+                "seq_len": args.seq_len or seq_len,
+                "batch_size": args.batch_size or batch_size,
+                "threads": threads,
+            }
+            print(", ".join(f"{name} {value}" for name, value in settings.items()))
+            reports = measure(engines, settings, args.rounds, args.seconds)
+            print(table(reports), flush=True)
+            settings |= {"rounds": args.rounds, "seconds": args.seconds}
+            results = [history.entry(engine, report.get("samples", []), "tokens/s", True)
+                       for engine, report in reports.items()]  # fmt: skip
+            results += [history.entry(f"{engine} memory", [report["peak_memory_bytes"]], "bytes", False)
+                        for engine, report in reports.items() if "error" not in report]  # fmt: skip
+            runs.append(history.run("train_speed", settings, here, results, **reports))
+    history.keep(args, runs)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ projections of all L layers, V x C the output head, and T (T + 1) / 2 pairs of q
     attention     forward 2 L B C T (T + 1) / 2 (q k and p v)    backward 4 L B C T (T + 1) / 2
 
 which is the paper's 6 N + 12 L H Q T FLOPs a token with N the weights that a token is multiplied by (no embedding, no
-norms) and, because a causal model needs no more, half of its attention. Each product is of the kind whose instructions
-could do it: ternary forward products int8, attention's forward pass f32; all others bf16, or f32 if precision is fp32.
+norms) and, because a causal model needs no more, half of its attention. Each product is of the kind whose instruction
+does it: ternary forward products int8; full-precision projections and attention f32, forward; the head and all that is
+backward bf16, or f32 if precision is fp32.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def training_macs(config: BitNetConfig, batch_size: int, seq_len: int, precision
     attention = batch_size * c.num_hidden_layers * c.hidden_size * (seq_len * (seq_len + 1) // 2)  # one product
     rest = "bf16" if precision == "fast" else "f32"
     macs = dict.fromkeys(KINDS, 0)
-    macs["int8" if c.linear == "bitlinear" else rest] += projections
+    macs["int8" if c.linear == "bitlinear" else "f32"] += projections
     macs["int8" if c.quantize_head else rest] += head
     macs["f32"] += 2 * attention
     macs[rest] += 2 * projections + 2 * head + 4 * attention
