@@ -127,7 +127,7 @@ def main() -> None:
             with bitnet.ops.precision(args.precision):
                 seconds, peaks = measure(list(cases(preset)), args.rounds)
             settings = {"preset": preset, "threads": threads, "precision": args.precision}
-            print(f"\n{preset}, {threads} threads, {args.precision}; peak {mfu.describe(peaks)}")
+            print(f"\n{preset}, threads {threads}, {args.precision}; peak {mfu.describe(peaks)}")
             columns = f"{'kind':>5} {'GMAC/s':>10} {'min .. max':>20} {'of peak':>7} {'GB/s':>8}"
             print(f"{'product m, in -> out':34} {columns}")
             results = []

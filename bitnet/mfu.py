@@ -9,8 +9,8 @@ projections of all L layers, V x C the output head, and T (T + 1) / 2 pairs of q
     attention     forward 2 L B C T (T + 1) / 2 (q k and p v)    backward 4 L B C T (T + 1) / 2
 
 which is the paper's 6 N + 12 L H Q T FLOPs a token with N the weights that a token is multiplied by (no embedding, no
-norms) and, because a causal model needs no more, half of its attention. Each product is of the kind whose instruction
-does it: ternary forward products int8; full-precision projections and attention f32, forward; the head and all that is
+norms) and, because a causal model needs no more, half of its attention. A product counts as the kind that it is
+multiplied in: forward, ternary products int8, full-precision projections and attention f32; the head and all that is
 backward bf16, or f32 if precision is fp32.
 """
 
