@@ -1,7 +1,7 @@
 """The C core: tensors, tapes, ops and kernels (csrc/python). Use the names of the package `bitnet` instead.
 
 B batch, T time, S positions of a cache, C channels, H query heads, KV key/value heads, D head dimension, V vocabulary.
-dtype is one of "f32", "bf16", "i8", "i32", "ternary2"; device is "cpu" or "cuda".
+dtype is one of "f32", "bf16", "i8", "i32", "ternary2", and "q8" for results of an op; device is "cpu" or "cuda".
 """
 
 import sys
@@ -132,13 +132,13 @@ class Tape:
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens i32 (...), weight (V, C) -> (..., C)."""
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in) -> (..., out)."""
 
-def bitlinear(x: Tensor, weight: Tensor) -> Tensor:
+def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x (..., in), latent weight (out, in) -> (..., out)."""
 
-def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantized: bool = False) -> Tensor:
     """x (..., C), weight (C)."""
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
@@ -150,8 +150,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> T
 def cache_append(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
     """x (B, T, KV, D) into cache (B, S, KV, D) at start i32 (B); returns the cache."""
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor: ...
-def relu2(gate: Tensor, up: Tensor) -> Tensor: ...
+def swiglu(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor: ...
+def relu2(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor: ...
 def add(a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """alpha * a + beta * b; b of a's shape, or a row."""
 

@@ -57,13 +57,19 @@ class Rope:
         return ops.rope(x, self.cos, self.sin, start)
 
 
-def inner_norm(config: BitNetConfig, x: Tensor) -> Tensor:
-    """The norm without gain inside a projection (use_rms_norm); projections of one input share it."""
-    return ops.rmsnorm(x, None, config.rms_norm_eps) if config.use_rms_norm else x
+def _all_ternary(readers: Sequence[nn.Linear]) -> bool:
+    return all(isinstance(layer, nn.BitLinear) for layer in readers)
 
 
-def _apply(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def projection_input(config: BitNetConfig, norm: nn.RMSNorm | None, x: Tensor, *readers: nn.Linear) -> Tensor:
+    """x as the projections that share it read it: after `norm`, and the norm without gain inside them (use_rms_norm).
+
+    The last norm before ternary projections goes straight to int8: nothing else reads its result.
+    """
+    ternary = _all_ternary(readers)
+    if norm is not None:
+        x = norm(x, quantized=ternary and not config.use_rms_norm)
+    return ops.rmsnorm(x, None, config.rms_norm_eps, ternary) if config.use_rms_norm else x
 
 
 class Attention(nn.Module):
@@ -79,11 +85,10 @@ class Attention(nn.Module):
         self.o_proj = make.projection(f"{name}.o_proj", c.hidden_size, c.hidden_size)
         self.attn_sub_norm = make.norm(c.sub_norms, c.hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, residual: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
+        """x, residual (B, T, C) -> residual plus attention over x."""
         batch, time, _ = x.shape
         d = self.config.head_dim
-        x = inner_norm(self.config, x)
         q = self.q_proj(x).reshape(batch, time, -1, d)
         k = self.k_proj(x).reshape(batch, time, -1, d)
         v = self.v_proj(x).reshape(batch, time, -1, d)
@@ -93,8 +98,7 @@ class Attention(nn.Module):
             keys, values = cache.layers[layer]
             k, v = ops.cache_append(k, keys, cache.start), ops.cache_append(v, values, cache.start)
         out = ops.attention(q, k, v, start).reshape(batch, time, -1)
-        out = inner_norm(self.config, _apply(self.attn_sub_norm, out))
-        return self.o_proj(out)
+        return self.o_proj(projection_input(self.config, self.attn_sub_norm, out, self.o_proj), residual)
 
 
 class FeedForward(nn.Module):
@@ -108,13 +112,13 @@ class FeedForward(nn.Module):
         self.down_proj = make.projection(f"{name}.down_proj", c.intermediate_size, c.hidden_size)
         self.ffn_sub_norm = make.norm(c.sub_norms, c.intermediate_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
-        gate = ops.relu2 if self.config.hidden_act == "relu2" else ops.swiglu
-        x = inner_norm(self.config, x)
-        hidden = gate(self.gate_proj(x), self.up_proj(x))
-        hidden = inner_norm(self.config, _apply(self.ffn_sub_norm, hidden))
-        return self.down_proj(hidden)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual (B, T, C) -> residual plus the feed-forward layer of x."""
+        c = self.config
+        gate = ops.relu2 if c.hidden_act == "relu2" else ops.swiglu
+        last = self.ffn_sub_norm is None and not c.use_rms_norm  # before down_proj
+        hidden = gate(self.gate_proj(x), self.up_proj(x), quantized=last and _all_ternary([self.down_proj]))
+        return self.down_proj(projection_input(c, self.ffn_sub_norm, hidden, self.down_proj), residual)
 
 
 class Block(nn.Module):
@@ -122,6 +126,7 @@ class Block(nn.Module):
 
     def __init__(self, make: Factory, name: str) -> None:
         c = make.config
+        self.config = c
         self.input_layernorm = make.norm(c.input_norms, c.hidden_size)
         self.self_attn = Attention(make, f"{name}.self_attn")
         self.post_attention_layernorm = make.norm(c.input_norms, c.hidden_size)
@@ -129,8 +134,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = x + self.self_attn(_apply(self.input_layernorm, x), rope, cache, layer)
-        return x + self.mlp(_apply(self.post_attention_layernorm, x))
+        c, attention, mlp = self.config, self.self_attn, self.mlp
+        h = projection_input(c, self.input_layernorm, x, attention.q_proj, attention.k_proj, attention.v_proj)
+        x = attention(h, x, rope, cache, layer)
+        h = projection_input(c, self.post_attention_layernorm, x, mlp.gate_proj, mlp.up_proj)
+        return mlp(h, x)
 
 
 class BitNetModel(nn.Module):
@@ -179,7 +187,9 @@ class BitNetForCausalLM(nn.Module):
     def head_input(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
         """What the output head reads: hidden states after the final norm, (B, T, C)."""
         hidden: Tensor = self.model(tokens, cache)
-        return inner_norm(self.config, hidden) if self.config.quantize_head else hidden
+        c = self.config
+        inner = c.quantize_head and c.use_rms_norm
+        return ops.rmsnorm(hidden, None, c.rms_norm_eps) if inner else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> (..., V)."""

@@ -215,11 +215,11 @@ class Linear(Module):
         self.weight = normal((out_features, in_features), in_features**-0.5) if weight is None else weight
         self.bias = Parameter(ops.zeros((out_features,))) if bias else None
 
-    _map: Callable[[Tensor, Tensor], Tensor] = staticmethod(ops.linear)
+    _map: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(ops.linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        y = self._map(x, self.weight)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., in_features) -> (..., out_features), plus residual."""
+        y = self._map(x, self.weight, residual)
         return y if self.bias is None else ops.add(y, self.bias)
 
     def weight_histogram(self, bins: int = 100) -> Histogram:
@@ -267,9 +267,9 @@ class RMSNorm(Module):
         self.eps = eps
         self.weight = Parameter(np.ones(hidden_size, np.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden_size), same shape back."""
-        return ops.rmsnorm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
+        """x (..., hidden_size), same shape back; quantized: as q8, for BitLinears alone to read."""
+        return ops.rmsnorm(x, self.weight, self.eps, quantized)
 
     def extra_repr(self) -> str:
         return f"{self.weight.size}, eps={self.eps:g}"

@@ -36,9 +36,9 @@ def precision(name: str) -> Iterator[None]:
     """How what is recorded inside multiplies in its backward pass: "fp32" (the default) or "fast".
 
     fp32: in f32, the same bits on every instruction set. fast: factors rounded to bf16, which int8 activations and
-    ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; sums in f32; the
-    same bits for any number of threads, but not on every instruction set. A cross_entropy that is differentiated makes
-    its logits in the same precision. Every other forward value is the same in both.
+    ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; sums in f32;
+    the same bits for any number of threads, but not on every instruction set. A cross_entropy that is differentiated
+    makes its logits in the same precision. Every other forward value is the same in both.
     """
     before = _core.get_precision()
     _core.set_precision(name)
@@ -67,23 +67,27 @@ def embedding(tokens: Integers, weight: Tensor) -> Tensor:
     return _core.embedding(_integers(tokens), weight)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """y = x W^T in f32: x (..., in), weight (out, in) -> (..., out)."""
-    return _core.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """y = x W^T (+ residual) in f32: x (..., in), weight (out, in) -> (..., out), which is residual's shape."""
+    return _core.linear(x, weight, residual)
 
 
-def bitlinear(x: Tensor, weight: Tensor) -> Tensor:
+def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """Ternary linear map with straight-through gradients: x (..., in), latent weight (out, in) f32 -> (..., out).
 
-    int8 activations times ternary codes in integer arithmetic; see csrc/ops/bitlinear.c.
+    int8 activations times ternary codes in integer arithmetic; see csrc/ops/bitlinear.c. x may be q8. `residual`, of
+    the result's shape, is added on the way out, with the bits of a separate add.
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
-    return _core.bitlinear(x, weight)
+    return _core.bitlinear(x, weight, residual)
 
 
-def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Source: Zhang and Sennrich 2019, eq. 4."""
-    return _core.rmsnorm(x, weight, eps)
+def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantized: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Source: Zhang and Sennrich 2019, eq. 4.
+
+    quantized: the result exists in its int8 form only (dtype q8), which is all that bitlinear reads of it.
+    """
+    return _core.rmsnorm(x, weight, eps, quantized)
 
 
 def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -110,14 +114,14 @@ def cache_append(x: Tensor, cache: Tensor, start: Integers) -> Tensor:
     return _core.cache_append(x, cache, _integers(start))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. Source: Shazeer 2020, arXiv 2002.05202."""
-    return _core.swiglu(gate, up)
+def swiglu(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor:
+    """silu(gate) * up; quantized as in rmsnorm. Source: Shazeer 2020, arXiv 2002.05202."""
+    return _core.swiglu(gate, up, quantized)
 
 
-def relu2(gate: Tensor, up: Tensor) -> Tensor:
-    """relu(gate)^2 * up, the gate of BitNet b1.58 2B-4T."""
-    return _core.relu2(gate, up)
+def relu2(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor:
+    """relu(gate)^2 * up, the gate of BitNet b1.58 2B-4T; quantized as in rmsnorm."""
+    return _core.relu2(gate, up, quantized)
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Integers, ternary: bool = False) -> Tensor:
@@ -169,5 +173,5 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def convert(x: Tensor, dtype: str) -> Tensor:
-    """x in another dtype: f32 <-> bf16; bf16, i8, i32, ternary2 -> f32; ternary2 -> i8."""
+    """x in another dtype: f32 <-> bf16; bf16, i8, i32, ternary2, q8 -> f32; ternary2 -> i8."""
     return x if x.dtype == dtype else _core.convert(x, dtype)

@@ -10,6 +10,7 @@ from reference import adamw, attention, bitlinear, linear, rmsnorm
 from reference.cases import Case, U, all_cases, grid_weight, off_ties
 
 import bitnet
+from bitnet import ShapeError, ops
 
 CASES = list(all_cases())
 
@@ -172,3 +173,45 @@ def test_adamw_against_numpy(max_norm: float) -> None:
             decay = 0.1 if g.ndim == 2 else 0.0  # matrices only
             want[name] = adamw.step(want[name], g * factor, states[name], 0.01, weight_decay=decay)
             np.testing.assert_allclose(params[name].numpy(), want[name], rtol=0, atol=100 * U)
+
+
+@pytest.mark.parametrize("make", ["rmsnorm", "gainless", "swiglu", "relu2"])
+def test_a_quantized_result_is_what_bitlinear_would_quantize(make: str, isa: str) -> None:
+    rng = np.random.default_rng(1)
+    for channels in (5, 64, 100):
+        x, up = (rng.standard_normal((3, 7, channels)).astype(np.float32) for _ in range(2))
+        gain = rng.standard_normal(channels).astype(np.float32)
+        weight = rng.standard_normal((33, channels)).astype(np.float32)
+        residual = rng.standard_normal((3, 7, 33)).astype(np.float32)
+        results = []
+        for fused in (False, True):
+            leaves = [bitnet.tensor(a, requires_grad=True) for a in (x, up, gain, weight, residual)]
+            a, b, g, w, r = leaves
+            if make == "rmsnorm":
+                h = ops.rmsnorm(a, g, quantized=fused)
+            elif make == "gainless":
+                h = ops.rmsnorm(a, quantized=fused)
+            else:
+                h = getattr(ops, make)(a, b, quantized=fused)
+            y = ops.bitlinear(h, w, r) if fused else ops.bitlinear(h, w) + r
+            ops.sum(y * y).backward()
+            if fused:
+                assert h.dtype == "q8"
+                error = np.abs(h.to("f32").numpy() - results[0][0]).max(-1)
+                assert (error <= np.abs(results[0][0]).max(-1) / 127 * 0.5000001).all()  # half a step of int8
+            values = [leaf.grad.numpy().copy() for leaf in leaves if leaf.grad is not None]
+            results.append([h.to("f32").numpy().copy() if fused else h.numpy().copy(), y.numpy().copy(), *values])
+        assert len(results[0]) == len(results[1])
+        for plain, fused in zip(results[0][1:], results[1][1:], strict=True):
+            assert np.array_equal(plain, fused)
+
+
+def test_a_quantized_result_refuses_what_it_is_not() -> None:
+    h = ops.rmsnorm(bitnet.tensor(np.ones((2, 64), np.float32)), quantized=True)
+    assert "q8" in repr(h)
+    wrongs = (lambda: h.numpy(), lambda: h + h, lambda: h.reshape(128), lambda: ops.linear(h, h), lambda: memoryview(h))
+    for wrong in wrongs:
+        with pytest.raises((TypeError, BufferError), match="q8"):
+            wrong()
+    with pytest.raises(ShapeError, match="262144"):
+        ops.rmsnorm(ops.zeros((1, 262145)), quantized=True)

@@ -231,19 +231,33 @@ typedef struct ternarize_args {
     int64_t rows, cols;
 } ternarize_args;
 
-/* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
- * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. q lies in tiles (bn_quantized_at) with rows padded to
- * q_stride bytes, padding zeroed; tiles of rows that do not exist are not written. If any element is NaN or infinite,
- * act_scale is NaN and q is 0 for that row. Units: rows. */
-typedef struct quantize_rows_args {
-    const float *x;
+/* Where a row's int8 form goes: q in tiles (bn_quantized_at) with rows padded by zeros to q_stride bytes (tiles of rows
+ * that do not exist are not written), and the row's scale and sum. */
+typedef struct bn_int8_rows {
     int8_t *q;
     float *act_scale;
     int32_t *row_sum;
-    int64_t rows, cols, q_stride;
+    int64_t q_stride;
+} bn_int8_rows;
+
+/* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
+ * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. If any element is NaN or infinite,
+ * act_scale is NaN and q is 0 for that row. Units: rows. */
+typedef struct quantize_rows_args {
+    const float *x;
+    bn_int8_rows out;
+    int64_t rows, cols;
 } quantize_rows_args;
 
-/* y[i, j] = (float)(sum over p of q[i, p] * code[j, p]) * (act_scale[i] * weight_scale[0]); the integer sum is
+/* y = q * act_scale. Units: rows. */
+typedef struct dequantize_rows_args {
+    bn_int8_rows x;
+    float *y;
+    int64_t rows, cols;
+} dequantize_rows_args;
+
+/* y[i, j] = (float)(sum over p of q[i, p] * code[j, p]) * (act_scale[i] * weight_scale[0]), plus residual[i, j] where
+ * that is given; the integer sum is
  * (sum of q * panel byte) - row_sum[i] in int32, exact for every cols < 2^23. q as quantize_rows leaves it. Units:
  * tiles of tile_m x tile_n of y, row-major; tile_m is a multiple of BN_QUANT_ROWS, tile_n of BN_PANEL_ROWS. */
 typedef struct bitlinear_forward_args {
@@ -251,7 +265,7 @@ typedef struct bitlinear_forward_args {
     const float *act_scale;
     const int32_t *row_sum;
     const uint8_t *panels;
-    const float *weight_scale;
+    const float *weight_scale, *residual;
     float *y;
     int64_t m, n, k, q_stride;
     int64_t tile_m, tile_n;
@@ -259,12 +273,14 @@ typedef struct bitlinear_forward_args {
 
 /* ---- the transformer block ---------------------------------------------------------------------------------- */
 
-/* rstd = 1 / sqrt(LANES sum of x*x / C + eps); y = (x * rstd) * gain, gain optional. Units: rows. */
+/* rstd = 1 / sqrt(LANES sum of x*x / C + eps); y = (x * rstd) * gain, gain optional. Where int8.q is given y is not
+ * stored but quantized, as quantize_rows would. Units: rows. */
 typedef struct rmsnorm_forward_args {
     const float *x, *gain;
     float *y, *rstd;
     int64_t rows, C;
     float eps;
+    bn_int8_rows int8;
 } rmsnorm_forward_args;
 
 /* With g = dy * gain: dx (+)= rstd * (g - x * (rstd^2 * LANES sum of g*x / C)). Units: rows. */
@@ -331,11 +347,13 @@ typedef struct attention_backward_args {
     bool accumulate_q, accumulate_k, accumulate_v;
 } attention_backward_args;
 
-/* y = gate * sigmoid(gate) * up. Units: blocks. */
+/* y = gate * sigmoid(gate) * up. Units: blocks. Where int8.q is given y is not stored but quantized, as quantize_rows
+ * would rows of `cols`: units are rows then. */
 typedef struct swiglu_forward_args {
     const float *gate, *up;
     float *y;
-    int64_t n;
+    int64_t n, cols;
+    bn_int8_rows int8;
 } swiglu_forward_args;
 
 typedef struct swiglu_backward_args {
@@ -345,11 +363,12 @@ typedef struct swiglu_backward_args {
     bool accumulate_gate, accumulate_up;
 } swiglu_backward_args;
 
-/* y = relu(gate)^2 * up. Units: blocks. */
+/* y = relu(gate)^2 * up; units and int8 as in swiglu_forward. */
 typedef struct relu2_forward_args {
     const float *gate, *up;
     float *y;
-    int64_t n;
+    int64_t n, cols;
+    bn_int8_rows int8;
 } relu2_forward_args;
 
 typedef struct relu2_backward_args {

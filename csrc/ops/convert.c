@@ -1,11 +1,16 @@
 /*
- * convert.c: y = x in another element type: f32 <-> bf16 (round to nearest even), and i8, i32 or ternary2 codes to f32.
- * Between floats the gradient (always f32) passes unchanged.
+ * convert.c: y = x in another element type: f32 <-> bf16 (round to nearest even), and i8, i32, ternary2 codes or q8 to
+ * f32. Between floats the gradient (always f32) passes unchanged.
  */
 #include "ops/op.h"
+#include "tensor/quantized.h"
 
 static bn_status forward(bn_node *n) {
     const bn_tensor *x = n->inputs[0];
+    if (x->dtype == BN_Q8) {
+        const dequantize_rows_args rows = {bn_quantized_rows(x), bn_f32(n->output), bn_row_count(x), bn_last_dim(x)};
+        return bn_run_dequantize_rows(bn_backend_of(x), &rows, rows.rows, 16);
+    }
     const convert_args args = {bn_data(x), bn_data(n->output), x->count, x->dtype, n->output->dtype};
     return bn_run_convert(bn_backend_of(x), &args, bn_blocks(x->count), 2);
 }

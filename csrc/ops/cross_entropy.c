@@ -32,7 +32,7 @@ static bn_status run_chunk(bn_node *n, const bn_projection *p, int64_t first, in
     const int64_t V = bn_projection_out(p), C = bn_projection_in(p);
     const bool gradient = n->saved[DX] != NULL || n->saved[DW] != NULL;
     const bn_precision precision = gradient ? n->precision : BN_EXACT; /* a loss that is only measured is exact */
-    BN_TRY(bn_projection_forward(p, precision, first, rows, logits));
+    BN_TRY(bn_projection_forward(p, precision, first, rows, NULL, logits));
     const cross_entropy_args loss = {.logits = logits,
                                      .targets = bn_i32(n->inputs[2]) + first,
                                      .weight = bn_f32(n->saved[WEIGHT]),
@@ -116,7 +116,7 @@ static bn_status backward(bn_node *n) {
 const bn_op bn_op_cross_entropy = {"cross_entropy", forward, backward};
 
 bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, bool ternary, bn_tensor **out) {
-    BN_TRY(bn_projection_check("cross_entropy", x, weight));
+    BN_TRY(bn_projection_check("cross_entropy", &(bn_projection){x, weight, ternary}));
     BN_TRY(bn_require_dtype("cross_entropy", "targets", targets, BN_I32));
     if (targets->count != bn_row_count(x)) {
         bn_shape_text a, b;

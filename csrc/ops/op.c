@@ -2,6 +2,7 @@
 #include "ops/op.h"
 
 #include "kernels/tiles.h"
+#include "tensor/quantized.h"
 
 bn_status bn_require_dtype(const char *op, const char *argument, const bn_tensor *t, bn_dtype dtype) {
     if (t->dtype != dtype) {
@@ -70,6 +71,11 @@ bn_status bn_require_positions(const char *op, const bn_tensor *start, int64_t l
 
 bn_status bn_output_like(bn_node *node, const bn_tensor *x) {
     return bn_tensor_new(bn_backend_of(x), BN_F32, x->ndim, x->shape, &node->output);
+}
+
+bn_status bn_output_like_or_q8(bn_node *node, const bn_tensor *x, bool quantized) {
+    return quantized ? bn_quantized_new(node->op->name, bn_backend_of(x), x->ndim, x->shape, &node->output)
+                     : bn_output_like(node, x);
 }
 
 bn_status bn_output_last(bn_node *node, const bn_tensor *x, int64_t last) {

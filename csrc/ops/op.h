@@ -24,6 +24,8 @@ BN_CHECKED bn_status bn_require_positions(const char *op, const bn_tensor *start
 
 /* Makes an output of x's shape, f32. */
 BN_CHECKED bn_status bn_output_like(bn_node *node, const bn_tensor *x);
+/* The same, or one that exists in its int8 form only. */
+BN_CHECKED bn_status bn_output_like_or_q8(bn_node *node, const bn_tensor *x, bool quantized);
 /* Makes an output of x's leading dimensions and another last one. */
 BN_CHECKED bn_status bn_output_last(bn_node *node, const bn_tensor *x, int64_t last);
 

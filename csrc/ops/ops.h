@@ -9,19 +9,20 @@
 
 /* tokens i32 (...), weight (V, C) -> (..., C). */
 BN_CHECKED bn_status bn_embedding(bn_tensor *tokens, bn_tensor *weight, bn_tensor **out);
-/* x (..., in), weight (out, in) -> (..., out). */
-BN_CHECKED bn_status bn_linear(bn_tensor *x, bn_tensor *weight, bn_tensor **out);
-BN_CHECKED bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor **out);
-/* x (..., C), weight (C) or NULL. */
-BN_CHECKED bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bn_tensor **out);
+/* x (..., in), weight (out, in) -> (..., out), plus residual of the result's shape if it is not NULL. A bitlinear also
+ * takes an x that exists in its int8 form only (q8). */
+BN_CHECKED bn_status bn_linear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, bn_tensor **out);
+BN_CHECKED bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, bn_tensor **out);
+/* x (..., C), weight (C) or NULL; `quantized`: the result is q8. */
+BN_CHECKED bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bool quantized, bn_tensor **out);
 /* x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B) or NULL: the position of t = 0. */
 BN_CHECKED bn_status bn_rope(bn_tensor *x, bn_tensor *cos, bn_tensor *sin, bn_tensor *start, bn_tensor **out);
 /* q (B, T, H, D); k, v (B, S, KV, D); start as above. With gradients: S == T and no start. */
 BN_CHECKED bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *start, bn_tensor **out);
 /* Writes x (B, T, KV, D) into cache (B, S, KV, D) at start and returns the cache; no gradient. */
 BN_CHECKED bn_status bn_cache_append(bn_tensor *x, bn_tensor *cache, bn_tensor *start, bn_tensor **out);
-BN_CHECKED bn_status bn_swiglu(bn_tensor *gate, bn_tensor *up, bn_tensor **out);
-BN_CHECKED bn_status bn_relu2(bn_tensor *gate, bn_tensor *up, bn_tensor **out);
+BN_CHECKED bn_status bn_swiglu(bn_tensor *gate, bn_tensor *up, bool quantized, bn_tensor **out);
+BN_CHECKED bn_status bn_relu2(bn_tensor *gate, bn_tensor *up, bool quantized, bn_tensor **out);
 /* alpha * a + beta * b; b has a's shape or is a row that is added to every row of a. */
 BN_CHECKED bn_status bn_add(bn_tensor *a, bn_tensor *b, float alpha, float beta, bn_tensor **out);
 BN_CHECKED bn_status bn_mul(bn_tensor *a, bn_tensor *b, bn_tensor **out);
@@ -38,7 +39,7 @@ BN_CHECKED bn_status bn_reshape(bn_tensor *x, int ndim, const int64_t *shape, bn
 BN_CHECKED bn_status bn_transpose(bn_tensor *x, bn_tensor **out);
 /* Over the last dimension. */
 BN_CHECKED bn_status bn_softmax(bn_tensor *x, bn_tensor **out);
-/* Between f32 and bf16, and from i8, i32 or ternary2 to f32; gradients flow between floats. */
+/* Between f32 and bf16, and from i8, i32, ternary2 or q8 to f32; gradients flow between floats. */
 BN_CHECKED bn_status bn_convert(bn_tensor *x, bn_dtype dtype, bn_tensor **out);
 /* Mean over targets (i32, one per row of x, BN_IGNORE_INDEX skipped) of -log softmax(x weight^T)[target]; the head is
  * full precision or, with `ternary`, a bitlinear. Logits exist only for a chunk of rows at a time. */

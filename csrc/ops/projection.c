@@ -13,8 +13,11 @@
 #include "tensor/quantized.h"
 #include "tensor/ternary_weight.h"
 
-bn_status bn_projection_check(const char *op, const bn_tensor *x, const bn_tensor *weight) {
-    BN_TRY(bn_require_dtype(op, "x", x, BN_F32));
+bn_status bn_projection_check(const char *op, const bn_projection *p) {
+    const bn_tensor *x = p->x, *weight = p->weight;
+    if (!p->ternary || x->dtype != BN_Q8) {
+        BN_TRY(bn_require_dtype(op, "x", x, BN_F32));
+    }
     BN_TRY(bn_require_dtype(op, "weight", weight, BN_F32));
     BN_TRY(bn_require_ndim(op, "weight", weight, 2));
     BN_TRY(bn_require_same_device(op, x, weight));
@@ -42,9 +45,11 @@ static bn_status quantize(bn_tensor *x) {
     return BN_OK;
 }
 
-bn_status bn_projection_prepare(const bn_projection *p) { return p->ternary ? quantize(p->x) : BN_OK; }
+bn_status bn_projection_prepare(const bn_projection *p) {
+    return p->ternary && p->x->dtype != BN_Q8 ? quantize(p->x) : BN_OK;
+}
 
-static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t rows, float *y) {
+static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t rows, const float *residual, float *y) {
     const bn_backend *backend = bn_backend_of(p->x);
     BN_TRY(bn_ternary_refresh(p->weight));
     const bn_quantized *x = p->x->quantized;
@@ -58,6 +63,7 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
                                          .row_sum = bn_i32(x->row_sum) + first,
                                          .panels = bn_data(w->panels),
                                          .weight_scale = bn_f32(w->scale),
+                                         .residual = residual,
                                          .y = y,
                                          .m = rows,
                                          .n = out,
@@ -68,18 +74,23 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
     return bn_run_bitlinear_forward(backend, &args, tiles.units, tiles.grain);
 }
 
-bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows, float *y) {
+bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
+                                const float *residual, float *y) {
     if (p->ternary) {
-        return ternary_forward(p, first, rows, y);
+        return ternary_forward(p, first, rows, residual, y);
     }
     const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
+    if (residual != NULL) {
+        BN_TRY(bn_backend_of(p->x)->copy(y, residual, (size_t)(rows * out) * sizeof(float)));
+    }
     gemm_args args = {.a = {.data = bn_f32(p->x) + first * in, .row_stride = in, .col_stride = 1, .dtype = BN_F32},
                       .b = {.data = bn_f32(p->weight), .row_stride = 1, .col_stride = in, .dtype = BN_F32},
                       .c = y,
                       .m = rows,
                       .n = out,
                       .k = in,
-                      .ldc = out};
+                      .ldc = out,
+                      .accumulate = residual != NULL};
     return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
 

@@ -8,7 +8,7 @@
 #include "ops/op.h"
 
 typedef struct bn_projection {
-    bn_tensor *x;      /* (..., in), f32; ternary: x->quantized is filled */
+    bn_tensor *x;      /* (..., in), f32; ternary: x->quantized is filled, and may be all there is (q8) */
     bn_tensor *weight; /* (out, in), latent f32; ternary: weight->ternary is fresh */
     bool ternary;
 } bn_projection;
@@ -18,14 +18,14 @@ static inline int64_t bn_projection_in(const bn_projection *p) { return p->weigh
 static inline int64_t bn_projection_out(const bn_projection *p) { return p->weight->shape[0]; }
 
 /* Shapes and dtypes of x and weight; `op` names the caller in the sentence. */
-BN_CHECKED bn_status bn_projection_check(const char *op, const bn_tensor *x, const bn_tensor *weight);
+BN_CHECKED bn_status bn_projection_check(const char *op, const bn_projection *p);
 /* Brings the ternary forms of weight and x up to date (nothing to do in full precision). While recording on an explicit
  * tape the quantization of x becomes a node of its own, once for all projections that read x. */
 BN_CHECKED bn_status bn_projection_prepare(const bn_projection *p);
-/* y (rows, out) = x[first : first + rows] W^T. `first` is a multiple of BN_QUANT_ROWS. A ternary product is exact in
- * either precision. */
+/* y (rows, out) = x[first : first + rows] W^T, plus residual (rows, out) if not NULL. `first` is a multiple of
+ * BN_QUANT_ROWS. A ternary product is exact in either precision. */
 BN_CHECKED bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
-                                           float *y);
+                                           const float *residual, float *y);
 /* dx (rows, in) (+)= dy W, with W as the forward pass used it. dx belongs to rows first.. of x. */
 BN_CHECKED bn_status bn_projection_backward_x(const bn_projection *p, bn_precision precision, int64_t rows,
                                               const float *dy, float *dx, bool accumulate);

@@ -1,8 +1,10 @@
 /*
- * rmsnorm.c: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4).
- * With g = dy * weight and r = the reciprocal root:  dx = r * (g - x * r^2 * mean(g * x)),  dweight = sum dy * x * r.
+ * rmsnorm.c: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4), in f32
+ * or straight into its int8 form. With g = dy * weight and r = the reciprocal root:  dx = r * (g - x * r^2 * mean(g *
+ * x)),  dweight = sum dy * x * r.
  */
 #include "ops/op.h"
+#include "tensor/quantized.h"
 
 enum { RSTD };
 
@@ -10,13 +12,17 @@ static const float *gain_of(const bn_node *n) { return n->inputs[1] == NULL ? NU
 
 static bn_status forward(bn_node *n) {
     const bn_tensor *x = n->inputs[0];
-    const rmsnorm_forward_args args = {.x = bn_f32(x),
-                                       .gain = gain_of(n),
-                                       .y = bn_f32(n->output),
-                                       .rstd = bn_f32(n->saved[RSTD]),
-                                       .rows = bn_row_count(x),
-                                       .C = bn_last_dim(x),
-                                       .eps = *bn_node_params(n, float)};
+    rmsnorm_forward_args args = {.x = bn_f32(x),
+                                 .gain = gain_of(n),
+                                 .y = bn_f32(n->output),
+                                 .rstd = bn_f32(n->saved[RSTD]),
+                                 .rows = bn_row_count(x),
+                                 .C = bn_last_dim(x),
+                                 .eps = *bn_node_params(n, float)};
+    if (n->output->dtype == BN_Q8) {
+        args.int8 = bn_quantized_rows(n->output);
+        bn_quantized_written(n->output);
+    }
     return bn_run_rmsnorm_forward(bn_backend_of(x), &args, args.rows, 16);
 }
 
@@ -43,7 +49,7 @@ static bn_status backward(bn_node *n) {
 
 const bn_op bn_op_rmsnorm = {"rmsnorm", forward, backward};
 
-bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bn_tensor **out) {
+bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bool quantized, bn_tensor **out) {
     BN_TRY(bn_require_dtype("rmsnorm", "x", x, BN_F32));
     if (x->ndim < 1) {
         return bn_fail(BN_ERR_SHAPE, "rmsnorm: x is a scalar");
@@ -59,7 +65,7 @@ bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bn_tensor **out
     bn_node n = {.op = &bn_op_rmsnorm, .inputs = {x, weight}};
     *bn_node_params(&n, float) = eps;
     const int64_t rows[] = {bn_row_count(x)};
-    BN_NODE_TRY(&n, bn_output_like(&n, x));
+    BN_NODE_TRY(&n, bn_output_like_or_q8(&n, x, quantized));
     BN_NODE_TRY(&n, bn_tensor_new(bn_backend_of(x), BN_F32, 1, rows, &n.saved[RSTD]));
     return bn_tape_run(&n, out);
 }

@@ -28,7 +28,7 @@ static bn_status run(bn_product product, const bn_projection *p, const float *dy
     case BN_PRODUCT_DW:
         return bn_projection_backward_weight(p, precision, 0, rows, dy, result, false);
     default:
-        return bn_projection_forward(p, precision, 0, rows, result);
+        return bn_projection_forward(p, precision, 0, rows, NULL, result);
     }
 }
 

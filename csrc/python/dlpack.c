@@ -64,8 +64,8 @@ PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs) {
         return NULL;
     }
     bn_tensor *t = ((bn_py_tensor *)self)->tensor;
-    if (t->dtype == BN_TERNARY2) {
-        PyErr_SetString(PyExc_BufferError, "DLPack has no packed ternary; convert to i8 first");
+    if (t->dtype == BN_TERNARY2 || t->dtype == BN_Q8) {
+        PyErr_Format(PyExc_BufferError, "DLPack has no %s; convert it first", bn_dtype_name(t->dtype));
         return NULL;
     }
     if (t->requires_grad) {

@@ -60,18 +60,34 @@ UNARY(mean)
 UNARY(transpose)
 UNARY(softmax)
 BINARY(embedding, "tokens", "weight")
-BINARY(linear, "x", "weight")
-BINARY(bitlinear, "x", "weight")
-BINARY(swiglu, "gate", "up")
-BINARY(relu2, "gate", "up")
 BINARY(mul, "a", "b")
 BINARY(matmul, "a", "b")
 
+#define LINEAR_MAP(op)                                                                                                 \
+    static PyObject *op_##op(PyObject *module, PyObject *args, PyObject *kwargs) {                                     \
+        static char *names[] = {"x", "weight", "residual", NULL};                                                      \
+        PARSE("OO|O:" #op, 2, 3, &o[0], &o[1], &o[2]);                                                                 \
+        RUN(module, bn_##op(t[0], t[1], t[2], &result));                                                               \
+    }
+LINEAR_MAP(linear)
+LINEAR_MAP(bitlinear)
+
+#define GATE(op)                                                                                                       \
+    static PyObject *op_##op(PyObject *module, PyObject *args, PyObject *kwargs) {                                     \
+        static char *names[] = {"gate", "up", "quantized", NULL};                                                      \
+        int quantized = 0;                                                                                             \
+        PARSE("OO|p:" #op, 2, 2, &o[0], &o[1], &quantized);                                                            \
+        RUN(module, bn_##op(t[0], t[1], quantized != 0, &result));                                                     \
+    }
+GATE(swiglu)
+GATE(relu2)
+
 static PyObject *op_rmsnorm(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"x", "weight", "eps", NULL};
+    static char *names[] = {"x", "weight", "eps", "quantized", NULL};
     float eps = 1e-5f;
-    PARSE("O|Of:rmsnorm", 1, 2, &o[0], &o[1], &eps);
-    RUN(module, bn_rmsnorm(t[0], t[1], eps, &result));
+    int quantized = 0;
+    PARSE("O|Ofp:rmsnorm", 1, 2, &o[0], &o[1], &eps, &quantized);
+    RUN(module, bn_rmsnorm(t[0], t[1], eps, quantized != 0, &result));
 }
 
 static PyObject *op_rope(PyObject *module, PyObject *args, PyObject *kwargs) {

@@ -38,16 +38,30 @@ bn_status bn_quantized_make(bn_tensor *x) {
     return BN_OK;
 }
 
+bn_status bn_quantized_new(const char *op, const bn_backend *backend, int ndim, const int64_t *shape, bn_tensor **out) {
+    if (ndim < 1 || shape[ndim - 1] > BN_QUANT_MOST_COLS) {
+        return bn_fail(BN_ERR_SHAPE, "%s: a quantized result has rows of at most %lld channels", op,
+                       (long long)BN_QUANT_MOST_COLS);
+    }
+    BN_TRY(bn_tensor_new(backend, BN_Q8, ndim, shape, out));
+    bn_status status = bn_quantized_make(*out);
+    if (status != BN_OK) {
+        bn_tensor_release(*out);
+    }
+    return status;
+}
+
+bn_int8_rows bn_quantized_rows(const bn_tensor *x) {
+    const bn_quantized *z = x->quantized;
+    return (bn_int8_rows){bn_i8(z->q), bn_f32(z->act_scale), bn_i32(z->row_sum), z->q->shape[1]};
+}
+
+void bn_quantized_written(bn_tensor *x) { x->quantized->version = bn_storage_version(x->storage); }
+
 bn_status bn_quantized_fill(bn_tensor *x) {
-    bn_quantized *z = x->quantized;
-    const quantize_rows_args args = {.x = bn_f32(x),
-                                     .q = bn_i8(z->q),
-                                     .act_scale = bn_f32(z->act_scale),
-                                     .row_sum = bn_i32(z->row_sum),
-                                     .rows = bn_row_count(x),
-                                     .cols = bn_last_dim(x),
-                                     .q_stride = z->q->shape[1]};
-    z->version = bn_storage_version(x->storage);
+    const quantize_rows_args args = {
+        .x = bn_f32(x), .out = bn_quantized_rows(x), .rows = bn_row_count(x), .cols = bn_last_dim(x)};
+    bn_quantized_written(x);
     return bn_run_quantize_rows(bn_backend_of(x), &args, args.rows, 16);
 }
 

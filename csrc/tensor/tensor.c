@@ -69,6 +69,9 @@ bn_status bn_tensor_window(bn_storage *storage, size_t offset, bn_dtype dtype, i
 }
 
 bn_status bn_tensor_view(bn_tensor *source, int ndim, const int64_t *shape, bn_tensor **out) {
+    if (source->dtype == BN_Q8) {
+        return bn_fail(BN_ERR_DTYPE, "a q8 tensor has no second shape; convert it to f32 first");
+    }
     BN_TRY(bn_tensor_window(source->storage, source->offset, source->dtype, ndim, shape, out));
     if ((*out)->count != source->count) {
         bn_shape_text a, b;

@@ -315,13 +315,26 @@ static void test_ternarize(void) {
     }
 }
 
+static bn_int8_rows int8_result(int64_t rows, int64_t cols) {
+    const int64_t stride = bn_round_up(cols, BN_QUANT_PAD);
+    int8_t *q = result_bytes(bn_round_up(rows, BN_QUANT_ROWS) * stride, 1, 0, 256);
+    float *act_scale = result(rows);
+    return (bn_int8_rows){q, act_scale, result_bytes(rows, sizeof(int32_t), 0, 256), stride};
+}
+
 static void test_quantize_rows(void) {
     FOR_EACH(cols, 1, 15, 16, 17, 63, 64, 65) FOR_EACH(kind, 0, 1) {
-        const int64_t stride = bn_round_up(cols, BN_QUANT_PAD);
         float *x = kind ? wild(5 * cols) : reals(5 * cols);
         memset(x, 0, size_of(cols, sizeof *x)); /* a row of zeros */
-        LAUNCH(quantize_rows, 5, x, result_bytes(BN_QUANT_ROWS * stride, 1, 0, 256), result(5),
-               result_bytes(5, sizeof(int32_t), 0, 256), 5, cols, stride);
+        LAUNCH(quantize_rows, 5, x, int8_result(5, cols), 5, cols);
+    }
+}
+
+static void test_dequantize_rows(void) {
+    FOR_EACH(cols, 1, 15, 16, 17, 63, 64, 65) {
+        const int64_t stride = bn_round_up(cols, BN_QUANT_PAD);
+        const bn_int8_rows x = {small(32 * stride, -128, 256), positive(17), NULL, stride};
+        LAUNCH(dequantize_rows, 17, x, result(17 * cols), 17, cols);
     }
 }
 
@@ -330,8 +343,10 @@ static void test_bitlinear_forward(void) {
         const int64_t stride = bn_round_up(k, BN_QUANT_PAD);
         const uint8_t *panels = (const uint8_t *)small(bn_round_up(n, BN_PANEL_ROWS) * stride, 0, 3);
         const int8_t *q = small(bn_round_up(m, BN_QUANT_ROWS) * stride, -128, 256);
-        LAUNCH(bitlinear_forward, bn_ceil_div(m, 16) * bn_ceil_div(n, 32), q, positive(m), indices(m, 1000), panels,
-               positive(1), result(m * n), m, n, k, stride, 16, 32);
+        FOR_EACH(with_residual, 0, 1) {
+            LAUNCH(bitlinear_forward, bn_ceil_div(m, 16) * bn_ceil_div(n, 32), q, positive(m), indices(m, 1000), panels,
+                   positive(1), with_residual ? reals(m * n) : NULL, result(m * n), m, n, k, stride, 16, 32);
+        }
     }
 }
 
@@ -339,7 +354,9 @@ static void test_bitlinear_forward(void) {
 
 static void test_rmsnorm_forward(void) {
     FOR_EACH_WIDTH(C) FOR_EACH(gain, 0, 1) {
-        LAUNCH(rmsnorm_forward, 3, reals(3 * C), gain ? reals(C) : NULL, result(3 * C), result(3), 3, C, 1e-5f);
+        LAUNCH(rmsnorm_forward, 3, reals(3 * C), gain ? reals(C) : NULL, result(3 * C), result(3), 3, C, 1e-5f, {0});
+        LAUNCH(rmsnorm_forward, 3, reals(3 * C), gain ? reals(C) : NULL, NULL, result(3), 3, C, 1e-5f,
+               int8_result(3, C));
     }
 }
 
@@ -394,7 +411,8 @@ static void test_attention_backward(void) {
 }
 
 static void test_swiglu_forward(void) {
-    FOR_EACH_SIZE(n) { LAUNCH(swiglu_forward, blocks(n), wild(n), reals(n), result(n), n); }
+    FOR_EACH_SIZE(n) { LAUNCH(swiglu_forward, blocks(n), wild(n), reals(n), result(n), n, n, {0}); }
+    FOR_EACH_WIDTH(C) { LAUNCH(swiglu_forward, 3, reals(3 * C), reals(3 * C), NULL, 3 * C, C, int8_result(3, C)); }
 }
 
 static void test_swiglu_backward(void) {
@@ -405,7 +423,8 @@ static void test_swiglu_backward(void) {
 }
 
 static void test_relu2_forward(void) {
-    FOR_EACH_SIZE(n) { LAUNCH(relu2_forward, blocks(n), wild(n), reals(n), result(n), n); }
+    FOR_EACH_SIZE(n) { LAUNCH(relu2_forward, blocks(n), wild(n), reals(n), result(n), n, n, {0}); }
+    FOR_EACH_WIDTH(C) { LAUNCH(relu2_forward, 3, reals(3 * C), reals(3 * C), NULL, 3 * C, C, int8_result(3, C)); }
 }
 
 static void test_relu2_backward(void) {

@@ -327,7 +327,7 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
         }
     }
     for (int t = 0; t < table_count; t++) {
-        const quantize_rows_args a = {x, q, act_scale, row_sum, rows, cols, stride};
+        const quantize_rows_args a = {x, {q, act_scale, row_sum, stride}, rows, cols};
         if (tables[t]->quantize_rows == NULL) {
             continue;
         }
@@ -390,7 +390,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
         x[2 * k] = NAN; /* its row of y is NaN, and no other */
     }
     const float scale = bn_absmean_scale(w, n * k);
-    const quantize_rows_args qa = {x, q, act_scale, row_sum, m, k, stride};
+    const quantize_rows_args qa = {x, {q, act_scale, row_sum, stride}, m, k};
     const ternarize_args ta = {w, &scale, codes, panels, tally, n, k};
     tables[0]->quantize_rows(&qa, 0, m, scratch);
     tables[0]->ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
@@ -408,7 +408,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
         {bn_round_up(m + 1, 16), bn_round_up(n + 1, 16)}, {16, 16}, {32, 64}, {chosen.tile_m, chosen.tile_n}};
     for (int t = 0; t < table_count; t++) {
         for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 4; s++) {
-            const bitlinear_forward_args a = {q, act_scale, row_sum, panels, &scale,      y,
+            const bitlinear_forward_args a = {q, act_scale, row_sum, panels, &scale,      NULL,       y,
                                               m, n,         k,       stride, tiles[s][0], tiles[s][1]};
             memset(y, 0x3C, (size_t)bytes);
             EACH_UNIT_BACKWARDS(tables[t]->bitlinear_forward, &a, bn_ceil_div(m, a.tile_m) * bn_ceil_div(n, a.tile_n))
