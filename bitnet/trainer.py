@@ -161,8 +161,8 @@ class RecordedLoss:
 
     loss: Tensor  # of the last call
 
-    def __init__(self, model: BitNetForCausalLM, batch_size: int, seq_len: int, grad: bool) -> None:
-        self._model, self._grad = model, grad
+    def __init__(self, model: BitNetForCausalLM, batch_size: int, seq_len: int, grad: bool, precision: str) -> None:
+        self._model, self._grad, self._precision = model, grad, precision
         self._tokens, self._targets = ops.zeros((batch_size, seq_len), "i32"), ops.zeros((batch_size, seq_len), "i32")
         self._tape: _core.Tape | None = None
 
@@ -174,7 +174,7 @@ class RecordedLoss:
             self._tape.replay()
             return self.loss.item()
         tape = _core.Tape()
-        with nullcontext() if self._grad else ops.no_grad(), tape:
+        with nullcontext() if self._grad else ops.no_grad(), ops.precision(self._precision), tape:
             self.loss = self._model(self._tokens, self._targets)
         self._tape = tape
         return self.loss.item()
@@ -252,8 +252,8 @@ class Trainer:
 
     def _forget_tapes(self) -> None:
         c = self.config
-        self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, grad=True)
-        self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, grad=False)
+        self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision)
+        self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet import BitNetConfig, BitNetForCausalLM
+from bitnet import BitNetConfig, BitNetForCausalLM, ops
 from bitnet.callbacks import Callback
 from bitnet.data import ShardDataset, eval_blocks, pack
 from bitnet.errors import ConfigError
@@ -87,7 +87,8 @@ def test_replayed_steps_equal_plain_ones(folder: Path) -> None:
     config = CONFIG.resolved(12)
     for step in range(12):
         plain.optimizer.zero_grad()
-        plain.model(*plain.loader.batch(step)).backward()
+        with ops.precision(config.precision):
+            plain.model(*plain.loader.batch(step)).backward()
         plain.optimizer.clip_grad_norm(config.clip)
         plain.optimizer.step(*config.rates(step))
     assert weights(run.model) == weights(plain.model)
