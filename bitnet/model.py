@@ -10,6 +10,7 @@ KV key/value heads, D head size, F intermediate_size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from bitnet import nn, ops
@@ -144,6 +145,8 @@ class Block(nn.Module):
 class BitNetModel(nn.Module):
     """Embedding, blocks, final norm: tokens (B, T) -> hidden states (B, T, C)."""
 
+    activation_checkpointing = False  # keep each block's input only, and make the rest again for the backward pass
+
     def __init__(self, make: Factory) -> None:
         c = make.config
         table = make.matrix("model.embed_tokens", c.vocab_size, c.hidden_size)
@@ -157,8 +160,10 @@ class BitNetModel(nn.Module):
         x: Tensor = self.embed_tokens(tokens)
         if len(x.shape) != 3:
             raise ShapeError(f"tokens must have shape (B, T), not {x.shape[:-1]}")
+        dropping = self.activation_checkpointing and cache is None
         for i, block in enumerate(self.layers):
-            x = block(x, self.rope, cache, i)
+            with ops.segment() if dropping else nullcontext():
+                x = block(x, self.rope, cache, i)
         return self.norm(x)
 
 
@@ -178,6 +183,18 @@ class BitNetForCausalLM(nn.Module):
             weight = make.matrix("lm_head", config.vocab_size, config.hidden_size)
             layer = nn.BitLinear if config.quantize_head else nn.Linear
             self.lm_head = layer(config.hidden_size, config.vocab_size, weight=weight)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether backward() makes each block's results again instead of keeping them: less memory, the same bits.
+
+        The model does not depend on it, so it can be set at any time and is in no checkpoint.
+        """
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
+        self.model.activation_checkpointing = wanted
 
     @property
     def head_weight(self) -> nn.Parameter:

@@ -48,6 +48,26 @@ def precision(name: str) -> Iterator[None]:
         _core.set_precision(before)
 
 
+@contextmanager
+def segment() -> Iterator[None]:
+    """Activation checkpointing: what is computed inside is not kept for backward(), but computed again when it is due.
+
+    At the end of the block the memory of its intermediate results is given back; kept is what can still be reached from
+    outside: its inputs and parameters, and every result that a Python name, a view or an array still holds, such as the
+    one the block was for. So let names of intermediate results go, or put the work in a function and call that. Losses
+    and gradients are the same bits with and without. One backward() consumes a segment as a whole.
+
+    RuntimeError: inside another segment; for backward() or replay() inside; and from a backward() that comes after a
+    parameter or input was written to, or lent to NumPy, because the results could not be made again.
+    Source: Chen et al. 2016, arXiv 1604.06174.
+    """
+    _core.open_segment()
+    try:
+        yield
+    finally:
+        _core.close_segment()
+
+
 def tensor(data: ArrayLike | Tensor, dtype: str | None = None, requires_grad: bool = False) -> Tensor:
     """A tensor with the values of an array or nested lists: floats become f32, integers i32."""
     return Tensor(data, dtype, requires_grad)

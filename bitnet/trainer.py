@@ -61,6 +61,9 @@ class TrainerConfig:
     weight_decay: float = option(0.1, "AdamW's, on matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "products of the backward pass: fast (bf16, sums in f32) or fp32 (exact)")
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input and make the rest again: less memory, up to a third more time", True
+    )
     eval_every: int | None = option(None, "steps between evaluations (a tenth of all)", True)
     eval_blocks: int = option(0, "most held-out sequences in an evaluation; 0: all", True)
     save_every: int | None = option(None, "steps between checkpoints (a tenth of all)", True)
@@ -252,6 +255,7 @@ class Trainer:
 
     def _forget_tapes(self) -> None:
         c = self.config
+        self.model.activation_checkpointing = c.activation_checkpointing
         self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision)
         self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
 
@@ -498,6 +502,7 @@ class Trainer:
         if saved.state["data"] != _identity(self.dataset):
             raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
         self.config = _merged(self.config, saved.state["config"], str(saved.path))
+        self._forget_tapes()
         self.model.load_state_dict(saved.weights)
         assert saved.optimizer is not None
         self.optimizer.load_state_dict(saved.optimizer)
@@ -533,7 +538,7 @@ def _merged(config: TrainerConfig, saved: dict[str, Any], where: str) -> Trainer
     """The options of a resumed run: those given, else those saved. Refuses what would make it another run."""
     changes: dict[str, Any] = {}
     for one in fields(TrainerConfig):
-        given, before = getattr(config, one.name), saved.get(one.name)
+        given, before = getattr(config, one.name), saved.get(one.name, one.default)
         if given is None:
             # New minutes without new steps: as many steps as fit now.
             if not (one.name == "steps" and config.minutes not in (None, saved.get("minutes"))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,29 @@ def test_model_and_data_must_fit(folder: Path) -> None:
         trainer(folder, shape=SHAPE.replace(vocab_size=200))
     with pytest.raises(ConfigError, match="seq_len 65 is more than the model's max_position_embeddings 64"):
         trainer(folder, TrainerConfig(seq_len=65))
+
+
+def test_checkpointed_activations_change_nothing_but_memory(folder: Path) -> None:
+    plain = trainer(folder)
+    plain.fit()
+    config = replace(CONFIG, activation_checkpointing=True)
+    run = trainer(folder, config, callbacks=[StopAt(5)])
+    assert run.model.activation_checkpointing
+    with pytest.raises(Interrupted):
+        run.fit()
+    run.fit()
+    assert weights(run.model) == weights(plain.model)
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        assert [record[name] for record in run.history] == [record[name] for record in plain.history]
+
+
+def test_a_resumed_run_may_begin_to_checkpoint_activations(folder: Path, tmp_path: Path) -> None:
+    plain = trainer(folder)
+    plain.fit()
+    run = trainer(folder, replace(CONFIG, save_every=4), out=tmp_path, callbacks=[StopAt(6)])
+    with pytest.raises(Interrupted):
+        run.fit()
+    again = trainer(folder, replace(CONFIG, save_every=4, activation_checkpointing=True), out=tmp_path)
+    again.fit(resume=True)
+    assert again.model.activation_checkpointing
+    assert weights(again.model) == weights(plain.model)

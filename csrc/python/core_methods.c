@@ -336,6 +336,16 @@ static PyObject *set_precision(PyObject *module, PyObject *name) {
     Py_RETURN_NONE;
 }
 
+static PyObject *open_segment(PyObject *module, PyObject *unused) {
+    (void)unused;
+    return none_or_raise(module, bn_tape_open_segment());
+}
+
+static PyObject *close_segment(PyObject *module, PyObject *unused) {
+    (void)unused;
+    return none_or_raise(module, bn_tape_close_segment());
+}
+
 /* ---- the machine -------------------------------------------------------------------------------------------- */
 
 static PyObject *set_threads(PyObject *module, PyObject *count) {
@@ -487,6 +497,8 @@ PyMethodDef bn_core_methods[] = {
     {"set_precision", set_precision, METH_O, "Sets the precision of what this thread records from now on."},
     {"enable_grad", enable_grad, METH_NOARGS, "Leaves no_grad on this thread."},
     {"is_grad_enabled", is_grad_enabled, METH_NOARGS, "False inside no_grad."},
+    {"open_segment", open_segment, METH_NOARGS, "Begins a segment on this thread's tape."},
+    {"close_segment", close_segment, METH_NOARGS, "Ends it, and gives back the memory of its intermediate results."},
     {"set_threads", set_threads, METH_O, "Threads that kernels use, 0 for the default. Never changes a result."},
     {"get_threads", get_threads, METH_NOARGS, "Threads that kernels use."},
     {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},

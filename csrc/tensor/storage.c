@@ -45,6 +45,15 @@ bn_storage *bn_storage_retain(bn_storage *storage) {
     return storage;
 }
 
+void bn_storage_evict(bn_storage *storage) {
+    storage->backend->release(storage->data, storage->bytes);
+    storage->data = NULL;
+}
+
+bn_status bn_storage_ensure(bn_storage *storage) {
+    return storage->data != NULL ? BN_OK : storage->backend->allocate(storage->bytes, &storage->data);
+}
+
 void bn_storage_release(bn_storage *storage) {
     if (storage == NULL || atomic_fetch_sub(&storage->references, 1) > 1) {
         return;

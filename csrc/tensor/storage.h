@@ -18,6 +18,8 @@ typedef struct bn_storage {
     atomic_ullong version;
     /* Buffers outside this core (NumPy views) through which the memory may be written at any time without a word. */
     atomic_int exports;
+    /* A segment's intermediate result (segment.h): away between forward and backward, when data is NULL. */
+    bool is_temporary;
     /* Memory of someone else (DLPack): called once instead of backend->release. NULL for our own. */
     void (*foreign_release)(void *owner);
     void *foreign_owner;
@@ -31,6 +33,10 @@ BN_CHECKED bn_status bn_storage_wrap(const bn_backend *backend, void *data, size
 bn_storage *bn_storage_retain(bn_storage *storage);
 /* Accepts NULL. */
 void bn_storage_release(bn_storage *storage);
+/* Gives the memory back and keeps the header; bn_storage_ensure takes memory again, contents undefined. Neither does
+ * anything twice. Neither is a write: the caller puts the same values there again. */
+void bn_storage_evict(bn_storage *storage);
+BN_CHECKED bn_status bn_storage_ensure(bn_storage *storage);
 
 /* True when two reads of the storage with no bn_storage_touch between them may differ. */
 static inline bool bn_storage_is_exported(bn_storage *s) { return atomic_load(&s->exports) > 0; }

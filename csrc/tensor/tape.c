@@ -5,12 +5,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tensor/segment.h"
+
 struct bn_tape {
     bn_node *nodes;
     int64_t length, capacity;
     bool is_explicit;
     atomic_int held;  /* tensors recorded here that Python holds */
     atomic_int lives; /* those, and the thread or object whose tape it is: the last to go frees an implicit tape */
+    int64_t segments; /* opened so far: their numbers */
+    int64_t open;     /* the one that is open now, or 0 */
     int pins;         /* calls running on it: it may not be cleared under them */
     bn_tape *outer;   /* what was current before this explicit tape was entered */
     bool entered;
@@ -180,6 +184,7 @@ bn_status bn_tape_enter(bn_tape *tape) {
 void bn_tape_leave(bn_tape *tape) {
     if (tape->entered) {
         tape->entered = false;
+        tape->open = 0;
         entered_tape = tape->outer;
     }
 }
@@ -224,11 +229,25 @@ static bn_status refuse_other_tapes(const bn_tape *tape, const bn_node *node) {
 }
 
 static bn_status run_forward(bn_node *node) {
-    if (node->op->forward == NULL) {
-        return BN_OK;
+    if (node->op->forward != NULL) {
+        bn_storage_touch(node->output->storage);
+        BN_TRY(node->op->forward(node));
     }
-    bn_storage_touch(node->output->storage);
-    return node->op->forward(node);
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        node->versions[i] = node->inputs[i] == NULL ? 0 : bn_storage_version(node->inputs[i]->storage);
+    }
+    return BN_OK;
+}
+
+/* What is made from an open segment's own is recorded even where no gradient flows, so that it can be made again. */
+static bool is_of_open_segment(const bn_tape *tape, const bn_node *node) {
+    for (int i = 0; tape->open != 0 && i < BN_NODE_INPUTS; i++) {
+        const bn_tensor *input = node->inputs[i];
+        if (input != NULL && input->tape == tape && tape->nodes[input->node].segment == tape->open) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
@@ -236,7 +255,8 @@ bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
     node->precision = precision;
     BN_NODE_TRY(node, current_tape(&tape));
     const bool grad = node->op->backward != NULL && bn_wants_grad(node->inputs, BN_NODE_INPUTS);
-    const bool record = grad || tape->is_explicit;
+    const bool record = grad || tape->is_explicit || is_of_open_segment(tape, node);
+    node->segment = tape->open;
     bn_status status = record ? refuse_other_tapes(tape, node) : BN_OK;
     if (status == BN_OK) {
         status = run_forward(node);
@@ -264,12 +284,77 @@ bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
     return BN_OK;
 }
 
+/* ---- segments ------------------------------------------------------------------------------------------------ */
+
+static bn_status refuse_open_segment(const bn_tape *tape, const char *what) {
+    return tape->open == 0 ? BN_OK
+                           : bn_fail(BN_ERR_STATE, "%s: a segment is still being recorded; leave it first", what);
+}
+
+bn_status bn_tape_open_segment(void) {
+    bn_tape *tape;
+    BN_TRY(current_tape(&tape));
+    if (tape->open != 0) {
+        return bn_fail(BN_ERR_STATE, "segment: this tape is already recording one, and segments do not nest");
+    }
+    tape->open = ++tape->segments;
+    return BN_OK;
+}
+
+/* The neighbours of node i that are in its segment: [*first, *end). */
+static void segment_of(const bn_tape *tape, int64_t i, int64_t *first, int64_t *end) {
+    const int64_t segment = tape->nodes[i].segment;
+    for (*first = i; *first > 0 && tape->nodes[*first - 1].segment == segment;) {
+        --*first;
+    }
+    for (*end = i + 1; *end < tape->length && tape->nodes[*end].segment == segment;) {
+        ++*end;
+    }
+}
+
+bn_status bn_tape_close_segment(void) {
+    bn_tape *tape;
+    BN_TRY(current_tape(&tape));
+    const int64_t segment = tape->open;
+    if (segment == 0) {
+        return bn_fail(BN_ERR_STATE, "segment: none is being recorded on this tape");
+    }
+    tape->open = 0;
+    if (tape->length == 0 || tape->nodes[tape->length - 1].segment != segment) {
+        return BN_OK; /* nothing was recorded in it */
+    }
+    int64_t first, end;
+    segment_of(tape, tape->length - 1, &first, &end);
+    return bn_segment_close(tape, first, &tape->nodes[first], end - first);
+}
+
+static bn_status replay_segment(bn_node *nodes, int64_t count) {
+    bn_status status = BN_OK;
+    for (int64_t i = 0; status == BN_OK && i < count; i++) {
+        status = bn_node_ensure(&nodes[i]);
+        status = status == BN_OK ? run_forward(&nodes[i]) : status;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        bn_node_evict(&nodes[i]);
+    }
+    return status;
+}
+
 bn_status bn_tape_replay(bn_tape *tape) {
-    for (int64_t i = 0; i < tape->length; i++) {
-        BN_TRY(run_forward(&tape->nodes[i]));
+    BN_TRY(refuse_open_segment(tape, "replay"));
+    for (int64_t i = 0, first, end; i < tape->length; i = end) {
+        if (tape->nodes[i].segment == 0) {
+            BN_TRY(run_forward(&tape->nodes[i]));
+            end = i + 1;
+        } else {
+            segment_of(tape, i, &first, &end);
+            BN_TRY(replay_segment(&tape->nodes[first], end - first));
+        }
     }
     return BN_OK;
 }
+
+/* ---- backward ------------------------------------------------------------------------------------------------ */
 
 static void drop_gradient(bn_tensor *tensor) {
     bn_tensor_release(tensor->grad);
@@ -295,19 +380,58 @@ static bn_status refuse_consumed(const bn_node *node) {
     return BN_OK;
 }
 
-static bn_status walk_back(bn_tape *tape, int64_t from) {
-    for (int64_t i = from; i >= 0; i--) {
-        bn_node *node = &tape->nodes[i];
-        if (node->op == NULL || node->output->grad == NULL) {
+static bool has_gradient(const bn_node *node) { return node->op != NULL && node->output->grad != NULL; }
+
+static bn_status step_back(bn_tape *tape, bn_node *node) {
+    if (!has_gradient(node)) {
+        return BN_OK;
+    }
+    if (node->op->backward != NULL) {
+        BN_TRY(refuse_consumed(node));
+        BN_TRY(node->op->backward(node));
+    }
+    drop_gradient(node->output);
+    if (!tape->is_explicit) {
+        consume(tape, node);
+    }
+    return BN_OK;
+}
+
+/* Nodes first .. from of a segment that ends before `end`. */
+static bn_status segment_back(bn_tape *tape, int64_t first, int64_t from, int64_t end) {
+    bn_node *nodes = tape->nodes;
+    bool reached = false;
+    for (int64_t i = first; i <= from; i++) {
+        reached = reached || has_gradient(&nodes[i]);
+    }
+    if (!reached) {
+        return BN_OK;
+    }
+    bn_status status = bn_segment_make_again(&nodes[first], from + 1 - first);
+    for (int64_t i = from; status == BN_OK && i >= first; i--) {
+        status = step_back(tape, &nodes[i]);
+    }
+    for (int64_t i = end - 1; i >= first; i--) {
+        if (nodes[i].op == NULL) {
             continue;
         }
-        if (node->op->backward != NULL) {
-            BN_TRY(refuse_consumed(node));
-            BN_TRY(node->op->backward(node));
+        if (status == BN_OK && !tape->is_explicit) {
+            consume(tape, &nodes[i]);
+        } else {
+            bn_node_evict(&nodes[i]);
         }
-        drop_gradient(node->output);
-        if (!tape->is_explicit) {
-            consume(tape, node);
+    }
+    return status;
+}
+
+static bn_status walk_back(bn_tape *tape, int64_t from) {
+    for (int64_t i = from, first = from, end; i >= 0; i = first - 1) {
+        if (tape->nodes[i].segment == 0) {
+            first = i;
+            BN_TRY(step_back(tape, &tape->nodes[i]));
+        } else {
+            segment_of(tape, i, &first, &end);
+            BN_TRY(segment_back(tape, first, i, end));
         }
     }
     return BN_OK;
@@ -329,6 +453,7 @@ bn_status bn_tape_backward(bn_tensor *loss, float factor) {
         return bn_fail(BN_ERR_SHAPE, "backward: needs a scalar, not a tensor of shape %s; take its sum() or mean()",
                        bn_shape_print(loss, &text));
     }
+    BN_TRY(refuse_open_segment(tape, "backward"));
     const int64_t from = loss->node;
     drop_gradient(loss);
     BN_TRY(bn_tensor_new(bn_backend_of(loss), BN_F32, loss->ndim, loss->shape, &loss->grad));

@@ -6,6 +6,10 @@
  * pass consumes them, and all of it goes when Python holds no tensor that was recorded on it, so nothing has to be told
  * when a graph is no longer wanted. An explicit tape (bn_tape_new, entered for a while) keeps its nodes and their
  * memory: the same step can be replayed on new inputs without Python, without shape checks and without allocation.
+ *
+ * On either, the nodes between bn_tape_open_segment and bn_tape_close_segment make a segment, whose intermediate
+ * results are made again in the backward pass instead of kept (segment.h). It is walked back as one: on an implicit
+ * tape one backward pass through any of its nodes consumes all of them.
  */
 #ifndef BN_TENSOR_TAPE_H
 #define BN_TENSOR_TAPE_H
@@ -38,7 +42,9 @@ struct bn_node {
     bn_tensor *inputs[BN_NODE_INPUTS];
     bn_tensor *saved[BN_NODE_SAVED]; /* what backward needs beside inputs and output */
     bn_tensor *output;
-    bn_precision precision; /* of its products, as it was set when the node was recorded */
+    bn_precision precision;            /* of its products, as it was set when the node was recorded */
+    int64_t segment;                   /* neighbours of the same number are one segment; 0: in none */
+    uint64_t versions[BN_NODE_INPUTS]; /* of the inputs' storages when forward read them */
     _Alignas(8) unsigned char params[BN_NODE_PARAMS];
 };
 
@@ -67,6 +73,13 @@ bool bn_wants_grad(bn_tensor *const *inputs, int count);
 BN_CHECKED bn_status bn_tape_run(bn_node *node, bn_tensor **out);
 /* Releases saved and output of a node that was not run. */
 void bn_node_abandon(bn_node *node);
+
+/*
+ * The nodes that this thread's current tape records from here to bn_tape_close_segment become one segment. Refused
+ * inside another one of the same tape. A segment that is still open when its tape is left stays ordinary nodes.
+ */
+BN_CHECKED bn_status bn_tape_open_segment(void);
+BN_CHECKED bn_status bn_tape_close_segment(void);
 
 /* Whether replaying what this thread records now will make `tensor` anew: true without an explicit tape. */
 bool bn_tape_makes(const bn_tensor *tensor);

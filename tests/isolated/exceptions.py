@@ -47,6 +47,20 @@ def bad_replay() -> None:
     tape.replay()
 
 
+def changed_segment() -> None:
+    with ops.segment():
+        loss = ops.softmax(ops.softmax(X)).sum()
+    X.copy_(X.numpy())
+    loss.backward()
+
+
+def nested_segments() -> None:
+    with ops.segment():
+        _ = X * 2.0
+        with ops.segment():
+            pass
+
+
 def mixed_tapes() -> None:
     with Tape():
         y = X * 2.0
@@ -106,6 +120,8 @@ CALLS: list[Callable[[], object]] = [
     second_loss,
     changed_weight,
     bad_replay,
+    changed_segment,
+    nested_segments,
     mixed_tapes,
 ]
 

@@ -41,6 +41,14 @@ def replayed() -> None:
     assert tape.ops
 
 
+def checkpointed() -> None:
+    MODEL.activation_checkpointing = True
+    walked()
+    dropped()
+    replayed()
+    MODEL.activation_checkpointing = False
+
+
 def outlived() -> None:
     kept: list[bitnet.Tensor] = []
     thread = threading.Thread(target=lambda: kept.append(MODEL(TOKENS, TOKENS)))
@@ -51,4 +59,5 @@ def outlived() -> None:
 growth.assert_none(walked)
 growth.assert_none(dropped)
 growth.assert_none(replayed)
+growth.assert_none(checkpointed)
 growth.assert_none(outlived)
