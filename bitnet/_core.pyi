@@ -226,7 +226,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step over flat tensors of equal size; weight decay holds for the first decay_end elements."""
+    """One step over flat tensors of equal size; weight decay holds for the first decay_end elements.
+
+    m and v are both f32 or both bf16; bf16 is rounded at random, as a function of step and place.
+    """
 
 # ---- this thread's recording ----
 

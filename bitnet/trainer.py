@@ -61,6 +61,7 @@ class TrainerConfig:
     weight_decay: float = option(0.1, "AdamW's, on matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "products of the backward pass: fast (bf16, sums in f32) or fp32 (exact)")
+    moments: str = option("f32", "AdamW's moments: f32, or bf16 rounded at random: 4 bytes a parameter less")
     activation_checkpointing: bool = option(
         False, "keep only each block's input and make the rest again: less memory, up to a third more time", True
     )
@@ -84,7 +85,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be positive, not {value}")
-        words = {"order": ("shuffled", "random"), "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS}
+        words = {
+            "order": ("shuffled", "random"), "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS,
+            "moments": optim.MOMENTS,
+        }  # fmt: skip
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -216,7 +220,7 @@ class Trainer:
         self._check_fit()
         c = self.config
         self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order)
-        self.optimizer = optim.AdamW(model, lr=c.lr, weight_decay=c.weight_decay)
+        self.optimizer = optim.AdamW(model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned

@@ -70,13 +70,15 @@ def train(checkpointing: bool, replayed: bool, changes: dict[str, Any]) -> tuple
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("replayed", [False, True])
-def test_the_same_bits(name: str, replayed: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fast"])
+def test_the_same_bits(name: str, replayed: bool, precision: str) -> None:
     before = bitnet.get_threads()
-    plain = train(False, replayed, VARIANTS[name])
     try:
-        for threads in (1, 2):
-            bitnet.set_threads(threads)
-            assert train(True, replayed, VARIANTS[name]) == plain
+        with ops.precision(precision):
+            plain = train(False, replayed, VARIANTS[name])
+            for threads in (1, 2):
+                bitnet.set_threads(threads)
+                assert train(True, replayed, VARIANTS[name]) == plain
     finally:
         bitnet.set_threads(before)
 

@@ -231,3 +231,22 @@ def test_a_resumed_run_may_begin_to_checkpoint_activations(folder: Path, tmp_pat
     again.fit(resume=True)
     assert again.model.activation_checkpointing
     assert weights(again.model) == weights(plain.model)
+
+
+def test_moments_in_bf16_learn_and_resume_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, moments="bf16", save_every=4)
+    whole = trainer(folder, config)
+    history = whole.fit()
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.5
+    stopped = trainer(folder, config, out=tmp_path, callbacks=[StopAt(6)])
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    with pytest.raises(ConfigError, match=r"moments is bf16 in .* and cannot become f32 on resume"):
+        trainer(folder, replace(config, moments="f32"), out=tmp_path).fit(resume=True)
+    again = trainer(folder, config, out=tmp_path)
+    again.fit(resume=True)
+    assert weights(again.model) == weights(whole.model)
+    ended, expected = again.optimizer.state_dict(), whole.optimizer.state_dict()
+    assert all(np.array_equal(ended[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match="moments must be one of f32, bf16, not 'f8'"):
+        TrainerConfig(moments="f8")

@@ -154,6 +154,33 @@ static inline __m256 round_bf16(__m256 x) {
 }
 static inline vf v_round_bf16(vf x) { return BOTH(round_bf16, x); }
 
+static inline __m256 load_bf16_8(const uint16_t *p) {
+    const __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+static inline vf v_load_bf16(const uint16_t *p) { return (vf){load_bf16_8(p), load_bf16_8(p + 8)}; }
+static inline __m256i add_to_bf16_8(__m256 v, __m256i r) {
+    const __m256i bits = _mm256_castps_si256(v), quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(_mm256_add_epi32(bits, r), quiet, nan), 16);
+}
+static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
+    /* packus works within 128-bit halves: the permute brings a's quads before b's. */
+    const __m256i packed = _mm256_packus_epi32(add_to_bf16_8(v.a, r.a), add_to_bf16_8(v.b, r.b));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+static inline vi w_set(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline vi w_add(vi x, vi y) { return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline vi w_mul(vi x, vi y) { return (vi){_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+static inline vi w_low(vi x) {
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    return (vi){_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+static inline vi w_high(vi x) { return (vi){_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16)}; }
+static inline vi w_xorshift(vi x, int n) {
+    return (vi){_mm256_xor_si256(x.a, _mm256_srli_epi32(x.a, n)), _mm256_xor_si256(x.b, _mm256_srli_epi32(x.b, n))};
+}
+
 static inline vi w_sub(vi x, int32_t y) {
     return (vi){_mm256_sub_epi32(x.a, _mm256_set1_epi32(y)), _mm256_sub_epi32(x.b, _mm256_set1_epi32(y))};
 }

@@ -94,6 +94,29 @@ static inline vf v_round_bf16(vf x) {
     }
     return x;
 }
+static inline vf v_load_bf16(const uint16_t *p) {
+    vf r;
+    for (int i = 0; i < 16; i++) {
+        const uint32_t bits = (uint32_t)p[i] << 16;
+        memcpy(&r.lane[i], &bits, sizeof bits);
+    }
+    return r;
+}
+static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits;
+        memcpy(&bits, &v.lane[i], sizeof bits);
+        const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : bits + (uint32_t)r.lane[i];
+        p[i] = (uint16_t)(kept >> 16);
+    }
+}
+static inline vi w_set(int32_t x) { EACH_LANE(vi, x); }
+static inline vi w_add(vi a, vi b) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] + (uint32_t)b.lane[i])); }
+static inline vi w_mul(vi a, vi b) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] * (uint32_t)b.lane[i])); }
+static inline vi w_low(vi a) { EACH_LANE(vi, a.lane[i] & 0xffff); }
+static inline vi w_high(vi a) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] >> 16)); }
+static inline vi w_xorshift(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] ^ ((uint32_t)a.lane[i] >> n))); }
+
 static inline vi w_sub(vi a, int32_t x) { EACH_LANE(vi, a.lane[i] - x); }
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     int8_t q[4];

@@ -85,6 +85,25 @@ static inline vf v_round_bf16(vf x) {
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits));
 }
 
+static inline vf v_load_bf16(const uint16_t *p) {
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
+    const __m512i bits = _mm512_castps_si512(v), quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i sum = _mm512_add_epi32(bits, (__m512i)r);
+    const __m512i kept = _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+static inline vi w_set(int32_t x) { return (vi)_mm512_set1_epi32(x); }
+static inline vi w_add(vi a, vi b) { return (vi)_mm512_add_epi32((__m512i)a, (__m512i)b); }
+static inline vi w_mul(vi a, vi b) { return (vi)_mm512_mullo_epi32((__m512i)a, (__m512i)b); }
+static inline vi w_low(vi a) { return (vi)_mm512_and_si512((__m512i)a, _mm512_set1_epi32(0xffff)); }
+static inline vi w_high(vi a) { return (vi)_mm512_srli_epi32((__m512i)a, 16); }
+static inline vi w_xorshift(vi a, int n) {
+    return (vi)_mm512_xor_si512((__m512i)a, _mm512_srli_epi32((__m512i)a, (unsigned)n));
+}
+
 static inline vi w_sub(vi x, int32_t y) { return (vi)_mm512_sub_epi32((__m512i)x, _mm512_set1_epi32(y)); }
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(codes), _mm512_set1_epi32(quad));

@@ -129,6 +129,45 @@ static inline float32x4_t round_bf16(float32x4_t x) {
 }
 static inline vf v_round_bf16(vf x) { return EACH(vf, round_bf16, x); }
 
+static inline float32x4_t load_bf16_4(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline vf v_load_bf16(const uint16_t *p) {
+    return (vf){{load_bf16_4(p), load_bf16_4(p + 4), load_bf16_4(p + 8), load_bf16_4(p + 12)}};
+}
+static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
+    for (int i = 0; i < 4; i++) {
+        const uint32x4_t bits = vreinterpretq_u32_f32(v.q[i]), quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+        const uint32x4_t sum = vaddq_u32(bits, vreinterpretq_u32_s32(r.q[i]));
+        vst1_u16(p + 4 * i, vshrn_n_u32(vbslq_u32(vceqq_f32(v.q[i], v.q[i]), sum, quiet), 16));
+    }
+}
+static inline vi w_set(int32_t x) {
+    const int32x4_t q = vdupq_n_s32(x);
+    return (vi){{q, q, q, q}};
+}
+static inline vi w_add(vi x, vi y) {
+    return (vi){
+        {vaddq_s32(x.q[0], y.q[0]), vaddq_s32(x.q[1], y.q[1]), vaddq_s32(x.q[2], y.q[2]), vaddq_s32(x.q[3], y.q[3])}};
+}
+static inline vi w_mul(vi x, vi y) {
+    return (vi){
+        {vmulq_s32(x.q[0], y.q[0]), vmulq_s32(x.q[1], y.q[1]), vmulq_s32(x.q[2], y.q[2]), vmulq_s32(x.q[3], y.q[3])}};
+}
+static inline vi w_low(vi x) {
+    const int32x4_t mask = vdupq_n_s32(0xffff);
+    return (vi){{vandq_s32(x.q[0], mask), vandq_s32(x.q[1], mask), vandq_s32(x.q[2], mask), vandq_s32(x.q[3], mask)}};
+}
+static inline int32x4_t shift_right_4(int32x4_t x, int n) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-n)));
+}
+static inline vi w_high(vi x) {
+    return (vi){
+        {shift_right_4(x.q[0], 16), shift_right_4(x.q[1], 16), shift_right_4(x.q[2], 16), shift_right_4(x.q[3], 16)}};
+}
+static inline vi w_xorshift(vi x, int n) {
+    return (vi){{veorq_s32(x.q[0], shift_right_4(x.q[0], n)), veorq_s32(x.q[1], shift_right_4(x.q[1], n)),
+                 veorq_s32(x.q[2], shift_right_4(x.q[2], n)), veorq_s32(x.q[3], shift_right_4(x.q[3], n))}};
+}
+
 static inline vi w_sub(vi x, int32_t y) {
     const int32x4_t q = vdupq_n_s32(y);
     return (vi){{vsubq_s32(x.q[0], q), vsubq_s32(x.q[1], q), vsubq_s32(x.q[2], q), vsubq_s32(x.q[3], q)}};

@@ -410,14 +410,24 @@ typedef struct clip_factor_args {
 /* Decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), one pass over flat buffers:
  *   g = grad * factor[0];  m = fma(beta1, m, (1-beta1)*g);  v = fma(beta2, v, ((1-beta2)*g)*g)
  *   p = p - lr * (weight_decay * p) - (lr / correction1) * m / (sqrt(v / correction2) + eps)
- * weight_decay holds for elements [0, decay_end), 0 after. Units: blocks (decay_end need not be a block boundary). */
+ * weight_decay holds for elements [0, decay_end), 0 after. Units: blocks (decay_end need not be a block boundary).
+ *
+ * m and v are f32, or bf16 rounded at random so that the mean of what is stored is the f32 value: the upper half of
+ * bits(x) + r, a NaN cut as in `convert`, with r the lower half of a word for m and the upper half for v. p is made
+ * from m and v before they are rounded. Element j of block b has the word mix(key + j) of step `step`, where key is the
+ * first word of Philox4x32-10 (base/rng.h) at counter {b, b >> 32, step, step >> 32}, key {BN_ADAMW_KEY0,
+ * BN_ADAMW_KEY1}, and mix(x): x ^= x >> 16; x *= 0x7feb352d; x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16   (Wellons,
+ * hash-prospector). */
+#define BN_ADAMW_KEY0 0x6d616441u /* "AdamW" */
+#define BN_ADAMW_KEY1 0x57u
 typedef struct adamw_args {
     float *param;
     const float *grad;
-    float *m, *v;
+    void *m, *v;
     const float *factor;
-    int64_t n, decay_end;
+    int64_t n, decay_end, step;
     float lr, beta1, beta2, eps, weight_decay, correction1, correction2;
+    bn_dtype moments;
 } adamw_args;
 
 /* ---- the table ---------------------------------------------------------------------------------------------- */

@@ -119,23 +119,33 @@ bn_status bn_adamw(bn_tensor *param, const bn_tensor *grad, bn_tensor *m, bn_ten
         return bn_fail(BN_ERR_SHAPE, "adamw: %lld parameters, %lld gradients, moments of %lld and %lld",
                        (long long)param->count, (long long)grad->count, (long long)m->count, (long long)v->count);
     }
+    BN_TRY(bn_require_dtype("adamw", "param", param, BN_F32));
+    BN_TRY(bn_require_dtype("adamw", "grad", grad, BN_F32));
+    BN_TRY(bn_require_dtype("adamw", "v", v, m->dtype));
+    if (m->dtype != BN_F32 && m->dtype != BN_BF16) {
+        return bn_fail(BN_ERR_DTYPE, "adamw: moments are f32 or bf16, not %s", bn_dtype_name(m->dtype));
+    }
     if (o->step < 1) {
         return bn_fail(BN_ERR_VALUE, "adamw: steps count from 1, not %lld", (long long)o->step);
     }
     const adamw_args args = {.param = bn_f32(param),
                              .grad = bn_f32(grad),
-                             .m = bn_f32(m),
-                             .v = bn_f32(v),
+                             .m = bn_data(m),
+                             .v = bn_data(v),
                              .factor = factor == NULL ? NULL : bn_f32(factor),
                              .n = param->count,
                              .decay_end = o->decay_end,
+                             .step = o->step,
                              .lr = o->lr,
                              .beta1 = o->beta1,
                              .beta2 = o->beta2,
                              .eps = o->eps,
                              .weight_decay = o->weight_decay,
                              .correction1 = (float)correction(o->beta1, o->step),
-                             .correction2 = (float)correction(o->beta2, o->step)};
+                             .correction2 = (float)correction(o->beta2, o->step),
+                             .moments = m->dtype};
     bn_storage_touch(param->storage);
+    bn_storage_touch(m->storage);
+    bn_storage_touch(v->storage);
     return bn_run_adamw(bn_backend_of(param), &args, bn_blocks(param->count), 2);
 }

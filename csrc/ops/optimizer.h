@@ -22,7 +22,8 @@ typedef struct bn_adamw_options {
     int64_t decay_end; /* weight decay holds for the first so many elements */
 } bn_adamw_options;
 
-/* One AdamW step over flat tensors of equal size; factor (1) scales the gradient, NULL meaning 1. */
+/* One AdamW step over flat tensors of equal size; factor (1) scales the gradient. m and v: f32, or both bf16, rounded
+ * at random by a generator whose counter is the step and the place (kernels.h). */
 BN_CHECKED bn_status bn_adamw(bn_tensor *param, const bn_tensor *grad, bn_tensor *m, bn_tensor *v,
                               const bn_tensor *factor, const bn_adamw_options *options);
 

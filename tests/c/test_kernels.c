@@ -465,8 +465,12 @@ static void test_adamw(void) {
         for (int64_t i = 0; i < n; i++) {
             v[i] = fabsf(v[i]);
         }
-        LAUNCH(adamw, blocks(n), result(n), reals(n), result(n), v, positive(1), n, decay_end, 1e-3f, 0.9f, 0.95f,
-               1e-8f, 0.1f, 0.271f, 0.142f);
+        LAUNCH(adamw, blocks(n), result(n), reals(n), result(n), v, positive(1), n, decay_end, 3, 1e-3f, 0.9f, 0.95f,
+               1e-8f, 0.1f, 0.271f, 0.142f, BN_F32);
+        /* Bytes of 0xB0 to 0xBE and of 0x30 to 0x3E: bf16 from -0.19 to -6e-10, and from 6e-10 to 0.19. */
+        LAUNCH(adamw, blocks(n), result(n), reals(n), result_bytes(n, 2, -80, 15), result_bytes(n, 2, 48, 15),
+               positive(1), n, decay_end, ((int64_t)7 << 32) + 5, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.271f, 0.142f,
+               BN_BF16);
     }
 }
 
