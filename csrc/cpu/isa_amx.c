@@ -154,7 +154,13 @@ static const bn_micro micro_i8_tiles = {"amx-int8", 4, 32, 32, multiply_i8_tiles
 #include "cpu/bitlinear.inc"
 
 extern const bn_kernel_table bn_kernels_amx;
-const bn_kernel_table bn_kernels_amx = {.isa = "amx", .gemm_bf16 = gemm_bf16, .bitlinear_forward = bitlinear_forward};
+const bn_kernel_table bn_kernels_amx = {.isa = "amx",
+                                        .gemm_bf16 = gemm_bf16,
+                                        .pack_panels = pack_panels,
+                                        .gemm_panels = gemm_panels,
+                                        .head_statistics = head_statistics,
+                                        .head_gradient = head_gradient,
+                                        .bitlinear_forward = bitlinear_forward};
 
 BN_TARGET_END
 #else

@@ -38,7 +38,12 @@ static const bn_micro micro_bf16 = {"avx512-bf16", 2, F32_ROWS, 16 * F32_VECTORS
 #include "cpu/gemm_bf16.inc"
 
 extern const bn_kernel_table bn_kernels_avx512bf16;
-const bn_kernel_table bn_kernels_avx512bf16 = {.isa = "avx512bf16", .gemm_bf16 = gemm_bf16};
+const bn_kernel_table bn_kernels_avx512bf16 = {.isa = "avx512bf16",
+                                               .gemm_bf16 = gemm_bf16,
+                                               .pack_panels = pack_panels,
+                                               .gemm_panels = gemm_panels,
+                                               .head_statistics = head_statistics,
+                                               .head_gradient = head_gradient};
 
 BN_TARGET_END
 #else

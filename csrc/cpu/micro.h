@@ -55,8 +55,13 @@ static inline int64_t bn_micro_steps(const bn_micro *micro, int64_t depth) {
     return bn_ceil_div(depth, bn_micro_depth(micro));
 }
 
+/* A block of any depth, cut along p so that a strip of right panels stays in L1. */
+void bn_product_block(const bn_micro *micro, const bn_block *block);
 /* The tiles [begin, end) of a gemm (kernels.h), in `scratch`. */
 void bn_product_gemm(const bn_micro *micro, const gemm_args *args, int64_t begin, int64_t end, void *scratch);
+
+/* The same with both factors in panels. */
+void bn_product_panels(const bn_micro *micro, const gemm_panels_args *args, int64_t begin, int64_t end);
 
 /* Turns integer sums [rows][ldc] of a strip of y into y. */
 typedef void bn_finish_strip(const bitlinear_forward_args *args, const int32_t *sums, int64_t ldc, int64_t top,

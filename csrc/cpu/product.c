@@ -106,6 +106,39 @@ void bn_product_gemm(const bn_micro *micro, const gemm_args *g, int64_t begin, i
     }
 }
 
+/* ---- factors that were packed before ----------------------------------------------------------------------------- */
+
+void bn_product_block(const bn_micro *micro, const bn_block *block) {
+    const int64_t most = block_steps(micro, block->steps);
+    bn_block b = *block;
+    for (int64_t step = 0; step == 0 || step < block->steps; step += most) {
+        b.left = (const char *)block->left + step * BN_TILE_BYTES;
+        b.right = (const char *)block->right + step * BN_TILE_BYTES;
+        b.steps = bn_min_i64(block->steps - step, most);
+        b.resume = block->resume || step > 0;
+        micro->multiply(&b);
+    }
+}
+
+void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t begin, int64_t end) {
+    const int64_t across = bn_ceil_div(g->n, g->tile_n);
+    const int64_t steps = bn_micro_steps(micro, g->k), panel = steps * BN_TILE_BYTES;
+    for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t top = unit / across * g->tile_m, left = unit % across * g->tile_n;
+        const bn_block block = {.left = (const char *)g->left + top / BN_TILE_LANES * panel,
+                                .right = (const char *)g->right + left / BN_TILE_LANES * panel,
+                                .left_panel = panel,
+                                .right_panel = panel,
+                                .steps = steps,
+                                .c = g->c + top * g->ldc + left,
+                                .ldc = g->ldc,
+                                .rows = bn_min_i64(g->m - top, g->tile_m),
+                                .cols = bn_min_i64(g->n - left, g->tile_n),
+                                .resume = g->accumulate};
+        bn_product_block(micro, &block);
+    }
+}
+
 /* ---- factors that lie in tiles: int8 activations, ternary codes -------------------------------------------------- */
 
 /* Rows of y whose integer sums are kept while a strip runs through p: 96 KiB of them for 48 columns. */

@@ -38,6 +38,13 @@ BN_EXTERN_C_BEGIN
 /* Rows of int8 activations come in tiles of sixteen by BN_QUANT_PAD, as integer products read them. */
 #define BN_QUANT_ROWS 16
 #define BN_QUANT_TILE (BN_QUANT_ROWS * BN_QUANT_PAD)
+/* Lanes and values of p in a unit of pack_panels: 32 KiB of f32. */
+#define BN_PACK_LANES 32
+#define BN_PACK_DEPTH 256
+/* Rows and vocabulary in a unit of the fused output head: 192 KiB of logits in scratch. Both hold whole register tiles
+ * of every instruction set (tiles.h) and whole tiles of p. */
+#define BN_HEAD_ROWS 128
+#define BN_HEAD_LANES 384
 /* A target with this value takes no part in the loss (the convention of PyTorch and transformers). */
 #define BN_IGNORE_INDEX (-100)
 
@@ -217,6 +224,31 @@ typedef struct gemm_args {
  * exact. The sum is in f32 in an order that depends on the instruction set, but on nothing else: not on tiles or
  * threads. */
 typedef gemm_args gemm_bf16_args;
+
+/* Bytes that hold a factor of `lanes` by `depth` in panels (cpu/micro.h) on any instruction set, sixteen lanes by
+ * sixteen values of p to a KiB; where a word holds two values, half of them stay untouched. */
+static inline int64_t bn_panels_bytes(int64_t lanes, int64_t depth) {
+    return 1024 * bn_ceil_div(lanes, 16) * bn_ceil_div(depth, 16);
+}
+
+/* Rounds a factor to bf16 and brings it into panels, for products that use it more than once: element (lane, p) is
+ * data[lane * lane_stride + p * p_stride], one of the strides being 1. `left`: of a left factor. Units: blocks of
+ * BN_PACK_LANES lanes by BN_PACK_DEPTH values of p, row-major. */
+typedef struct pack_panels_args {
+    const float *data;
+    void *panels; /* bn_panels_bytes(lanes, depth) */
+    int64_t lane_stride, p_stride, lanes, depth;
+    bool left;
+} pack_panels_args;
+
+/* gemm_bf16 of two factors in panels: c (+)= left right^T, with the same bits. Units: tiles as of gemm. */
+typedef struct gemm_panels_args {
+    const void *left, *right; /* m and n lanes, each k deep */
+    float *c;
+    int64_t m, n, k, ldc;
+    int64_t tile_m, tile_n;
+    bool accumulate;
+} gemm_panels_args;
 
 /* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
  * Writes codes (rows, cols) i8 and `panels`, the same codes plus one as u8 laid out for integer dot products:
@@ -398,6 +430,44 @@ typedef struct cross_entropy_args {
     int64_t rows, V;
     bool gradient;
 } cross_entropy_args;
+
+/* Part of an output head: the logits x w^T of some rows of x and some of w, made in blocks of BN_HEAD_ROWS by
+ * BN_HEAD_LANES that never leave a thread's scratch, by the sums of gemm_bf16. */
+typedef struct head_part {
+    const void *x, *w;      /* panels, left and right: (rows, C) and (V, C) */
+    const int32_t *targets; /* of these rows, among the whole vocabulary */
+    int64_t rows, V, C;
+    int64_t first; /* target that row 0 of w stands for */
+} head_part;
+
+/* Of each block's rows max = max x and sum = LANES sum of exp(x - max), at [block of w][row] with `stride` floats from
+ * one block of w to the next; at_target[row] = x[target] where the part has the target. Units: blocks, those of the
+ * same rows of w side by side. */
+typedef struct head_statistics_args {
+    head_part part;
+    float *max, *sum, *at_target;
+    int64_t stride;
+} head_statistics_args;
+
+/* lse = max + log(sum over blocks of sum_b * exp(max_b - max)), SEQUENTIAL in b, and loss = lse - at_target, 0 for an
+ * ignored target; the logarithm in double. max_b and sum_b are at [block][row]. Units: bands of BN_HEAD_BAND rows. */
+#define BN_HEAD_BAND 16
+typedef struct head_loss_args {
+    const float *max, *sum, *at_target;
+    const int32_t *targets;
+    float *lse, *loss;
+    int64_t rows, blocks;
+} head_loss_args;
+
+/* The derivative d (rows, V) = (exp(x - lse) - onehot(target)) * (weight[0] * dloss[0]) of a part, 0 where the target
+ * is ignored, as left panels of the two products that follow: by_rows (lanes are rows, p is V) for dx, by_lanes (lanes
+ * are V, p is rows) for dw; either may be NULL. The exponential is good to 2^-18 before the rounding to bf16. Units: as
+ * head_statistics. */
+typedef struct head_gradient_args {
+    head_part part;
+    const float *lse, *weight, *dloss;
+    void *by_rows, *by_lanes;
+} head_gradient_args;
 
 /* norm[0] = sqrt(sum of partial); factor[0] = min(1, max_norm / (norm + 1e-6)), or 1 if max_norm <= 0. One unit. */
 typedef struct clip_factor_args {

@@ -51,6 +51,14 @@ static inline bn_tiles bn_gemm_tiles(int64_t m, int64_t n, int64_t k, int worker
     return bn_tiles_cut(m, n, k, 768, workers);
 }
 
+/* Factors in panels need no packing: a tile of c, 256 x 768 f32 at most, stays in L2 while strips run through it. */
+static inline bn_tiles bn_panels_tiles(int64_t m, int64_t n, int64_t k, int workers) {
+    bn_tiles t = bn_tiles_cut(m, n, k, 256, workers);
+    t.tile_n = bn_min_i64(t.tile_n, 768);
+    t.units = bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
+    return t;
+}
+
 /* 1 MiB of int8 rows, read once for every strip of the weight, stays in a 2 MiB L2. */
 static inline bn_tiles bn_bitlinear_tiles(int64_t m, int64_t n, int64_t k, int workers) {
     return bn_tiles_cut(m, n, k, bn_max_i64((1 << 20) / (k + 1), BN_TILE_ROWS), workers);

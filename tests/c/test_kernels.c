@@ -306,6 +306,29 @@ static void test_gemm_bf16(void) {
     }
 }
 
+/* A factor of lanes x depth in panels; NaNs where nothing is written. */
+static void *panels(int64_t lanes, int64_t depth, bool along, bool left, bool is_output) {
+    const size_t bytes = size_of(bn_panels_bytes(lanes, depth), 1);
+    void *out = is_output ? register_output(bytes, false) : take(bytes, 0xFF);
+    const int64_t line = (along ? depth : lanes) + 3;
+    LAUNCH(pack_panels, bn_ceil_div(lanes, BN_PACK_LANES) * bn_ceil_div(depth, BN_PACK_DEPTH),
+           reals(line * (along ? lanes : depth)), out, along ? line : 1, along ? 1 : line, lanes, depth, left);
+    return out;
+}
+
+static void test_pack_panels(void) {
+    FOR_EACH(lanes, 1, 16, 45) FOR_EACH(depth, 1, 31, 32, 300) FOR_EACH(kind, 0, 1, 2, 3) {
+        panels(lanes, depth, kind & 1, kind & 2, true);
+    }
+}
+
+static void test_gemm_panels(void) {
+    FOR_EACH(m, 1, 45) FOR_EACH(n, 1, 33, 64) FOR_EACH(k, 1, 31, 100, 1000) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(gemm_panels, bn_ceil_div(m, 32) * bn_ceil_div(n, 32), panels(m, k, true, true, false),
+               panels(n, k, true, false, false), result(m * (n + 5)), m, n, k, n + 5, 32, 32, accumulate != 0);
+    }
+}
+
 static void test_ternarize(void) {
     FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
         const int64_t padded = bn_round_up(rows, BN_PANEL_ROWS) * bn_round_up(cols, BN_QUANT_PAD);
@@ -450,6 +473,46 @@ static void test_target_weight(void) {
 static void test_cross_entropy(void) {
     FOR_EACH_WIDTH(V) FOR_EACH(gradient, 0, 1) {
         LAUNCH(cross_entropy, 4, result(4 * V), targets_with_gaps(4, V), positive(1), result(4), 4, V, gradient != 0);
+    }
+}
+
+/* Logits in [-20, 20), of the 3 V targets from V on: a third of the rows has its target here. */
+static head_part head(int64_t rows, int64_t V) {
+    const int64_t C = 5;
+    return (head_part){panels(rows, C, true, true, false),
+                       panels(V, C, true, false, false),
+                       targets_with_gaps(rows, 3 * V),
+                       rows,
+                       V,
+                       C,
+                       V};
+}
+static int64_t head_blocks(int64_t rows, int64_t V) {
+    return bn_ceil_div(rows, BN_HEAD_ROWS) * bn_ceil_div(V, BN_HEAD_LANES);
+}
+
+static void test_head_statistics(void) {
+    FOR_EACH(rows, 1, 37, BN_HEAD_ROWS + 3) FOR_EACH(V, 1, 65, BN_HEAD_LANES + 17) {
+        const int64_t n = bn_ceil_div(V, BN_HEAD_LANES) * (rows + 2);
+        const head_part part = head(rows, V);
+        LAUNCH(head_statistics, head_blocks(rows, V), part, result(n), result(n), result(rows), rows + 2);
+    }
+}
+
+static void test_head_loss(void) {
+    FOR_EACH(rows, 1, 16, 45) FOR_EACH(blocks, 1, 5) {
+        const int64_t n = rows * blocks;
+        LAUNCH(head_loss, bn_ceil_div(rows, BN_HEAD_BAND), reals(n), positive(n), reals(rows),
+               targets_with_gaps(rows, 9), result(rows), result(rows), rows, blocks);
+    }
+}
+
+static void test_head_gradient(void) {
+    FOR_EACH(rows, 1, 37, BN_HEAD_ROWS + 3) FOR_EACH(V, 1, 65, BN_HEAD_LANES + 17) FOR_EACH(flags, 1, 2, 3) {
+        const head_part part = head(rows, V);
+        const size_t bytes = size_of(bn_panels_bytes(rows, V), 1), across = size_of(bn_panels_bytes(V, rows), 1);
+        LAUNCH(head_gradient, head_blocks(rows, V), part, reals(rows), reals(1), reals(1),
+               flags & 1 ? register_output(bytes, false) : NULL, flags & 2 ? register_output(across, false) : NULL);
     }
 }
 

@@ -1,7 +1,8 @@
 /*
- * test_products.c: gemm, gemm_bf16, ternarize, quantize_rows and bitlinear_forward of every instruction set this CPU
- * has, against plain loops and quant/ternary.h, bit for bit (gemm_bf16: within the bound of its roundings); with guard
- * bytes around every output, odd shapes, all layouts and tile sizes. One line per check; exit status 1 if any failed.
+ * test_products.c: gemm, gemm_bf16, products of panels, the output head, ternarize, quantize_rows and bitlinear_forward
+ * of every instruction set this CPU has, against plain loops and quant/ternary.h, bit for bit (bf16: within the bound
+ * of its roundings); with guard bytes around every output, odd shapes, all layouts and tile sizes. One line per check;
+ * exit status 1 if any failed.
  */
 #include <math.h>
 #include <stdio.h>
@@ -264,6 +265,173 @@ static void test_gemm(void) {
     done("gemm: several blocks of depth and of rows");
 }
 
+/* ---- products of panels ------------------------------------------------------------------------------------------ */
+
+static void *packed(const bn_kernel_table *table, const float *data, int64_t lane_stride, int64_t p_stride,
+                    int64_t lanes, int64_t depth, bool left) {
+    const pack_panels_args args = {data, fenced(bn_panels_bytes(lanes, depth)), lane_stride, p_stride, lanes, depth,
+                                   left};
+    EACH_UNIT_BACKWARDS(table->pack_panels, &args,
+                        bn_ceil_div(lanes, BN_PACK_LANES) * bn_ceil_div(depth, BN_PACK_DEPTH))
+    expect(intact(args.panels, bn_panels_bytes(lanes, depth)), "pack_panels", table->isa, lanes, 0, depth, left);
+    return args.panels;
+}
+
+static float *random_floats(int64_t count) {
+    float *p = fenced(count * 4);
+    for (int64_t i = 0; i < count; i++) {
+        p[i] = random_float();
+    }
+    return p;
+}
+
+/* c (+)= left right^T of panels, in tiles as the ops cut it. */
+static void multiply_panels(const bn_kernel_table *table, gemm_panels_args args) {
+    const bn_tiles tiles = bn_panels_tiles(args.m, args.n, args.k, 3);
+    args.tile_m = tiles.tile_m;
+    args.tile_n = tiles.tile_n;
+    EACH_UNIT_BACKWARDS(table->gemm_panels, &args, tiles.units)
+}
+
+/* The same bits as gemm_bf16, whatever the layout that was packed. */
+static void test_panels_shape(int64_t m, int64_t n, int64_t k, bool accumulate) {
+    float *a = random_floats(m * k), *b = random_floats(n * k), *c = random_floats(m * n);
+    float *expected = fenced(m * n * 4);
+    for (int t = 0; t < table_count; t++) {
+        for (int layout = 0; tables[t]->gemm_panels != NULL && layout < 4; layout++) {
+            const int64_t ar = layout & 1 ? 1 : k, ap = layout & 1 ? m : 1, bc = layout & 2 ? 1 : k,
+                          bp = layout & 2 ? n : 1;
+            void *left = packed(tables[t], a, ar, ap, m, k, true), *right = packed(tables[t], b, bc, bp, n, k, false);
+            for (int64_t i = 0; i < m * n; i++) {
+                expected[i] = c[i] = (float)i;
+            }
+            const gemm_args g = {.a = {.data = a, .row_stride = ar, .col_stride = ap, .dtype = BN_F32},
+                                 .b = {.data = b, .row_stride = bp, .col_stride = bc, .dtype = BN_F32},
+                                 .c = expected,
+                                 .m = m,
+                                 .n = n,
+                                 .k = k,
+                                 .ldc = n,
+                                 .tile_m = m,
+                                 .tile_n = n,
+                                 .accumulate = accumulate};
+            tables[t]->gemm_bf16(&g, 0, 1, scratch);
+            multiply_panels(
+                tables[t],
+                (gemm_panels_args){
+                    .left = left, .right = right, .c = c, .m = m, .n = n, .k = k, .ldc = n, .accumulate = accumulate});
+            expect(memcmp(c, expected, (size_t)(m * n) * 4) == 0 && intact(c, m * n * 4), "gemm_panels", tables[t]->isa,
+                   m, n, k, layout);
+            release(left);
+            release(right);
+        }
+    }
+    void *all[] = {a, b, c, expected};
+    for (int i = 0; i < 4; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_panels(void) {
+    static const int64_t sizes[][3] = {{1, 1, 1}, {17, 33, 31}, {33, 48, 64}, {45, 100, 700}, {300, 97, 33}};
+    for (int i = 0; i < 5; i++) {
+        test_panels_shape(sizes[i][0], sizes[i][1], sizes[i][2], i % 2);
+    }
+    done("panels: the bits of gemm_bf16");
+}
+
+/* ---- the output head --------------------------------------------------------------------------------------------- */
+
+/* One part that is all of the vocabulary, through head_statistics, head_loss and head_gradient, beside doubles.
+ * A logit x of rounded factors is off by e <= (C + 1) 2^-24 sum of sizes <= C (C + 1) 2^-24, as are the maximum and,
+ * with 2^-17 for the exponential and its shift and 2^-22 for f32, lse; so exp(x - lse) is off by a factor within
+ * exp(+-bound), bound = 2 e + 2^-16, and d is rounded to bf16, by 2^-8 of itself. */
+static void test_head_shape(int64_t rows, int64_t V, int64_t C) {
+    float *x = random_floats(rows * C), *w = random_floats(V * C), *identity = fenced(V * V * 4);
+    float *rows_identity = fenced(rows * rows * 4), *d = fenced(rows * V * 4), *dt = fenced(rows * V * 4);
+    const int64_t blocks = bn_ceil_div(V, BN_HEAD_LANES), units = bn_ceil_div(rows, BN_HEAD_ROWS) * blocks;
+    float *max = fenced(blocks * rows * 4), *sum = fenced(blocks * rows * 4), *at_target = fenced(rows * 4);
+    float *loss = fenced(rows * 4), *lse = fenced(rows * 4);
+    int32_t *targets = fenced(rows * 4);
+    double *exact = fenced(V * 8);
+    const float weight = 0.25f, dloss = -3.0f;
+    const double e = (double)(C * (C + 1)) * 0x1p-24, bound = 2.0 * e + 0x1p-16;
+    for (int64_t i = 0; i < V * V; i++) {
+        identity[i] = i / V == i % V ? 1.0f : 0.0f;
+    }
+    for (int64_t i = 0; i < rows * rows; i++) {
+        rows_identity[i] = i / rows == i % rows ? 1.0f : 0.0f;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        targets[r] = r % 5 == 3 ? BN_IGNORE_INDEX : (int32_t)(random_bits() % (uint32_t)V);
+    }
+    for (int t = 0; t < table_count; t++) {
+        const bn_kernel_table *table = tables[t];
+        if (table->head_gradient == NULL) {
+            continue;
+        }
+        head_part part = {.targets = targets, .rows = rows, .V = V, .C = C};
+        void *left = packed(table, x, C, 1, rows, C, true), *right = packed(table, w, C, 1, V, C, false);
+        void *by_rows = fenced(bn_panels_bytes(rows, V)), *by_lanes = fenced(bn_panels_bytes(V, rows));
+        void *one = packed(table, identity, V, 1, V, V, false);
+        void *ones = packed(table, rows_identity, rows, 1, rows, rows, false);
+        part.x = left;
+        part.w = right;
+        const head_statistics_args statistics = {part, max, sum, at_target, rows};
+        EACH_UNIT_BACKWARDS(table->head_statistics, &statistics, units)
+        const head_loss_args losses = {max, sum, at_target, targets, lse, loss, rows, blocks};
+        EACH_UNIT_BACKWARDS(tables[0]->head_loss, &losses, bn_ceil_div(rows, BN_HEAD_BAND))
+        const head_gradient_args gradient = {part, lse, &weight, &dloss, by_rows, by_lanes};
+        EACH_UNIT_BACKWARDS(table->head_gradient, &gradient, units)
+        multiply_panels(table,
+                        (gemm_panels_args){.left = by_rows, .right = one, .c = d, .m = rows, .n = V, .k = V, .ldc = V});
+        multiply_panels(
+            table,
+            (gemm_panels_args){.left = by_lanes, .right = ones, .c = dt, .m = V, .n = rows, .k = rows, .ldc = rows});
+        bool close = intact(max, blocks * rows * 4) && intact(by_rows, bn_panels_bytes(rows, V)) &&
+                     intact(by_lanes, bn_panels_bytes(V, rows)) && intact(at_target, rows * 4);
+        bool same = true;
+        for (int64_t r = 0; r < rows; r++) {
+            double total = 0.0;
+            for (int64_t v = 0; v < V; v++) {
+                exact[v] = 0.0;
+                for (int64_t c = 0; c < C; c++) {
+                    exact[v] += (double)to_bf16(x[r * C + c]) * (double)to_bf16(w[v * C + c]);
+                }
+                total += exp(exact[v]);
+            }
+            const bool counts = targets[r] != BN_IGNORE_INDEX;
+            const double wanted = counts ? log(total) - exact[targets[r]] : 0.0;
+            close = close && fabs((double)loss[r] - wanted) <= (counts ? bound : 0.0);
+            for (int64_t v = 0; v < V; v++) {
+                const double p = exp(exact[v]) / total, scale = counts ? (double)(weight * dloss) : 0.0;
+                const double d_exact = (p - (v == targets[r] ? 1.0 : 0.0)) * scale;
+                const double off = fabs(scale) * p * 1.1 * bound;
+                close = close && fabs((double)d[r * V + v] - d_exact) <= off + 0x1p-8 * (fabs(d_exact) + off);
+                same = same && d[r * V + v] == dt[v * rows + r];
+            }
+        }
+        expect(close, "head", table->isa, rows, V, C, 0);
+        expect(same, "head, both layouts", table->isa, rows, V, C, 0);
+        void *mine[] = {left, right, by_rows, by_lanes, one, ones};
+        for (int i = 0; i < 6; i++) {
+            release(mine[i]);
+        }
+    }
+    void *all[] = {x, w, identity, rows_identity, d, dt, max, sum, at_target, loss, lse, targets, exact};
+    for (int i = 0; i < 13; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_head(void) {
+    test_head_shape(1, 1, 1);
+    test_head_shape(5, 3, 17);
+    test_head_shape(33, 65, 64);
+    test_head_shape(BN_HEAD_ROWS + 5, BN_HEAD_LANES + 31, 40);
+    done("output head: loss and derivative, within the bound");
+}
+
 /* ---- ternarize --------------------------------------------------------------------------------------------------- */
 
 static void test_ternarize_shape(int64_t rows, int64_t cols) {
@@ -473,6 +641,8 @@ int main(void) {
     test_contract();
     test_tiles();
     test_gemm();
+    test_panels();
+    test_head();
     test_quantizers();
     test_bitlinear();
     free(scratch);
