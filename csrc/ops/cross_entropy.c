@@ -5,17 +5,21 @@
  * and turned into their own gradient (softmax - onehot) / count in place; dx and dW are taken from the chunk at once,
  * while it is there, and kept (dW is as large as W) until the backward pass scales them by the loss's gradient. Without
  * gradients only the loss is made. A chunk's size never changes a bit: dW sums rows in order whatever the chunks.
+ *
+ * In the fast precision a full-precision head makes no logits but those in a cache, and its gradients only when they
+ * are asked for (fast_head.c).
  */
-#include "ops/projection.h"
+#include "ops/fast_head.h"
 
 /* f32 elements of logits in a chunk: 8 Mi = 32 MiB, 256 rows at V = 32000. */
 #define CHUNK_ELEMENTS (8 << 20)
 
-enum { DX, DW, LOSSES, WEIGHT };
+enum { DX, DW, LOSSES, WEIGHT, LSE };
 
 typedef struct loss_params {
     bn_projection_versions versions;
-    bool ternary;
+    uint64_t targets; /* their version */
+    bool ternary, fast;
 } loss_params;
 
 /* inputs: x, weight, targets */
@@ -90,8 +94,14 @@ static bn_status forward(bn_node *n) {
     BN_TRY(bn_require_index("cross_entropy", "target", targets, bn_projection_out(&p), &ignore));
     const target_weight_args count = {bn_i32(targets), bn_f32(n->saved[WEIGHT]), rows};
     BN_TRY(bn_run_target_weight(bn_backend_of(n->output), &count, 1, 1));
-    BN_TRY(run_chunks(n, &p, rows));
-    bn_node_params(n, loss_params)->versions = bn_projection_versions_now(&p);
+    loss_params *params = bn_node_params(n, loss_params);
+    if (params->fast) {
+        BN_TRY(bn_fast_head_forward(&p, targets, bn_f32(n->saved[LOSSES]), bn_f32(n->saved[LSE])));
+    } else {
+        BN_TRY(run_chunks(n, &p, rows));
+    }
+    params->versions = bn_projection_versions_now(&p);
+    params->targets = bn_storage_version(targets->storage);
     return finish(n, rows);
 }
 
@@ -108,7 +118,30 @@ static bn_status pass(bn_node *n, bn_tensor *t, const bn_tensor *made) {
     return target == NULL ? BN_OK : bn_run_scale_from(bn_backend_of(t), &args, bn_blocks(t->count), 2);
 }
 
+static bn_status fast_backward(bn_node *n) {
+    const bn_projection p = projection_of(n);
+    const loss_params *params = bn_node_params(n, loss_params);
+    bn_head_target dx, dw;
+    BN_TRY(bn_projection_unchanged("cross_entropy", &p, params->versions));
+    if (bn_storage_version(n->inputs[2]->storage) != params->targets) {
+        return bn_fail(
+            BN_ERR_STATE,
+            "backward: the targets of a cross_entropy were changed between its forward and its backward pass");
+    }
+    BN_TRY(bn_grad_target(p.x, &dx.memory, &dx.accumulate));
+    BN_TRY(bn_grad_target(p.weight, &dw.memory, &dw.accumulate));
+    if (p.x == p.weight && !dx.accumulate) { /* both walk over the same memory: neither may write first */
+        BN_TRY(bn_tensor_zero(p.x->grad));
+        dx.accumulate = true;
+    }
+    return bn_fast_head_backward(&p, n->inputs[2], bn_f32(n->saved[LSE]), bn_f32(n->saved[WEIGHT]),
+                                 bn_f32(n->output->grad), dx, dw);
+}
+
 static bn_status backward(bn_node *n) {
+    if (bn_node_params(n, loss_params)->fast) {
+        return fast_backward(n);
+    }
     BN_TRY(pass(n, n->inputs[0], n->saved[DX]));
     return pass(n, n->inputs[1], n->saved[DW]);
 }
@@ -124,18 +157,23 @@ bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, 
                        bn_shape_print(targets, &a), bn_shape_print(x, &b));
     }
     bn_node n = {.op = &bn_op_cross_entropy, .inputs = {x, weight, targets}};
-    bn_node_params(&n, loss_params)->ternary = ternary;
+    loss_params *params = bn_node_params(&n, loss_params);
+    params->ternary = ternary;
     const bn_projection p = projection_of(&n);
+    params->fast = bn_get_precision() == BN_FAST && bn_wants_grad(n.inputs, 2) && bn_fast_head_serves(&p);
     BN_TRY(bn_projection_prepare(&p));
     const bn_backend *backend = bn_backend_of(x);
     const int64_t one[] = {1}, rows[] = {targets->count};
     BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, 0, NULL, &n.output));
     BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, 1, one, &n.saved[WEIGHT]));
     BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, 1, rows, &n.saved[LOSSES]));
-    if (bn_wants_grad(&x, 1)) {
+    if (params->fast) {
+        BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, 1, rows, &n.saved[LSE]));
+    }
+    if (!params->fast && bn_wants_grad(&x, 1)) {
         BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, x->ndim, x->shape, &n.saved[DX]));
     }
-    if (bn_wants_grad(&weight, 1)) {
+    if (!params->fast && bn_wants_grad(&weight, 1)) {
         BN_NODE_TRY(&n, bn_tensor_new(backend, BN_F32, 2, weight->shape, &n.saved[DW]));
     }
     return bn_tape_run(&n, out);
