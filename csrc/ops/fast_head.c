@@ -6,6 +6,11 @@
  *
  * x and W are brought into panels once per cell for all that read them. dx sums over the vocabulary in order and dW
  * over the rows, cell after cell in the gradients' own memory, so neither cells nor threads can change a bit.
+ *
+ * Against logits in chunks of 32 MiB (CPU time, forward and backward, AMX, two Sapphire Rapids cores shared with other
+ * programs, least of ten), with 1 and 2 threads: 2048 x 768 x 32000 is 1.75 and 2.2 times as fast (438 ms), 2048 x 256
+ * x 32000 1.65 and 2.1 times (165 ms), 4096 x 384 x 65 1.0 and 1.15 times (3 ms); 59 MB are taken beside the gradients
+ * instead of 109. The products run at 0.55 to 0.75 T multiply-adds a second, 1.13 where all of them is in L2.
  */
 #include "ops/fast_head.h"
 
