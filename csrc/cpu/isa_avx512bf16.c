@@ -26,6 +26,8 @@ static inline vf dot_bf16(vf sum, const char *right, const char *left) {
 }
 #define MICRO_MULTIPLY multiply_bf16
 #define MICRO_SUM vf
+#define MICRO_RIGHT const char *
+#define MICRO_READ(p) (p)
 #define MICRO_DOT(sum, right, left) sum = dot_bf16(sum, right, left)
 #define MICRO_ROWS F32_ROWS
 #define MICRO_VECTORS F32_VECTORS

@@ -20,6 +20,8 @@ static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     return (vi){{dot_4(acc.q[0], codes, q), dot_4(acc.q[1], codes + 16, q), dot_4(acc.q[2], codes + 32, q),
                  dot_4(acc.q[3], codes + 48, q)}};
 }
+#define DOT_ROWS 4
+#define DOT_VECTORS 1
 
 #define BN_ISA neon
 #define BN_ISA_NAME "neon"

@@ -27,6 +27,7 @@ static inline vf v_set(float x) { EACH_LANE(vf, x); }
 static inline vf v_zero(void) { return v_set(0.0f); }
 static inline vf v_load(const float *p) { EACH_LANE(vf, p[i]); }
 static inline vf v_load_n(const float *p, int64_t n) { EACH_LANE(vf, i < n ? p[i] : 0.0f); }
+static inline vf v_keep(vf v) { return v; }
 static inline void v_store(float *p, vf v) { memcpy(p, v.lane, sizeof v.lane); }
 static inline void v_store_n(float *p, vf v, int64_t n) { memcpy(p, v.lane, (size_t)n * sizeof(float)); }
 static inline vf v_add(vf a, vf b) { EACH_LANE(vf, a.lane[i] + b.lane[i]); }
@@ -117,6 +118,8 @@ static inline vi w_low(vi a) { EACH_LANE(vi, a.lane[i] & 0xffff); }
 static inline vi w_high(vi a) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] >> 16)); }
 static inline vi w_xorshift(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.lane[i] ^ ((uint32_t)a.lane[i] >> n))); }
 
+static inline vi w_load(const int32_t *p) { EACH_LANE(vi, p[i]); }
+static inline void w_store(int32_t *p, vi v) { memcpy(p, v.lane, sizeof v.lane); }
 static inline vi w_sub(vi a, int32_t x) { EACH_LANE(vi, a.lane[i] - x); }
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     int8_t q[4];

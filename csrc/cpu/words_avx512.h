@@ -12,6 +12,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 static inline vf v_set(float x) { return _mm512_set1_ps(x); }
 static inline vf v_zero(void) { return _mm512_setzero_ps(); }
 static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline vf v_keep(vf v) { return v; }
 static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
 static inline __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1u); }
 static inline vf v_load_n(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -104,6 +105,8 @@ static inline vi w_xorshift(vi a, int n) {
     return (vi)_mm512_xor_si512((__m512i)a, _mm512_srli_epi32((__m512i)a, (unsigned)n));
 }
 
+static inline vi w_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
+static inline void w_store(int32_t *p, vi v) { _mm512_storeu_si512(p, (__m512i)v); }
 static inline vi w_sub(vi x, int32_t y) { return (vi)_mm512_sub_epi32((__m512i)x, _mm512_set1_epi32(y)); }
 static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(codes), _mm512_set1_epi32(quad));

@@ -26,6 +26,7 @@ static inline vf v_zero(void) { return v_set(0.0f); }
 static inline vf v_load(const float *p) {
     return (vf){{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
 }
+static inline vf v_keep(vf v) { return v; }
 static inline void v_store(float *p, vf v) {
     vst1q_f32(p, v.q[0]);
     vst1q_f32(p + 4, v.q[1]);
@@ -168,6 +169,15 @@ static inline vi w_xorshift(vi x, int n) {
                  veorq_s32(x.q[2], shift_right_4(x.q[2], n)), veorq_s32(x.q[3], shift_right_4(x.q[3], n))}};
 }
 
+static inline vi w_load(const int32_t *p) {
+    return (vi){{vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)}};
+}
+static inline void w_store(int32_t *p, vi v) {
+    vst1q_s32(p, v.q[0]);
+    vst1q_s32(p + 4, v.q[1]);
+    vst1q_s32(p + 8, v.q[2]);
+    vst1q_s32(p + 12, v.q[3]);
+}
 static inline vi w_sub(vi x, int32_t y) {
     const int32x4_t q = vdupq_n_s32(y);
     return (vi){{vsubq_s32(x.q[0], q), vsubq_s32(x.q[1], q), vsubq_s32(x.q[2], q), vsubq_s32(x.q[3], q)}};
@@ -176,7 +186,5 @@ static inline vi w_sub(vi x, int32_t y) {
 /* Thirty-two 128-bit registers: 16 sums, 4 of the right factor, the rest for the left one and addresses in flight. */
 #define F32_ROWS 4
 #define F32_VECTORS 1
-#define DOT_ROWS 4
-#define DOT_VECTORS 1
 
 #endif

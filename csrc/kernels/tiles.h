@@ -15,7 +15,7 @@ typedef struct bn_tiles {
     int64_t units, grain;   /* for bn_run_gemm or bn_run_bitlinear_forward */
 } bn_tiles;
 
-/* Tiles are multiples of these: every CPU's register tile (4, 8, 16 or 32 rows; 16, 32 or 48 columns) divides them. */
+/* Tiles are multiples of these: every CPU's register tile (2 to 32 rows; 16, 32 or 48 columns) divides them. */
 #define BN_TILE_ROWS 32
 #define BN_TILE_COLUMNS 96
 /* Multiply-adds that outweigh waking a thread and packing for it: 10 microseconds at 100 G/s. */
