@@ -25,7 +25,7 @@ extern const bn_kernel_table bn_kernels_scalar;
 extern const bn_kernel_table bn_kernels_avx2, bn_kernels_avxvnni;
 extern const bn_kernel_table bn_kernels_avx512vnni, bn_kernels_avx512bf16, bn_kernels_amx;
 #elif defined(__aarch64__)
-extern const bn_kernel_table bn_kernels_neon;
+extern const bn_kernel_table bn_kernels_neon, bn_kernels_dotprod, bn_kernels_i8mm, bn_kernels_neonbf16;
 #endif
 
 static const struct {
@@ -41,6 +41,9 @@ static const struct {
     {&bn_kernels_amx, AVX512 | BN_CPU_BIT(AVX512BF16) | BN_CPU_BIT(AMX_INT8) | BN_CPU_BIT(AMX_BF16)},
 #elif defined(__aarch64__)
     {&bn_kernels_neon, BN_CPU_BIT(NEON)},
+    {&bn_kernels_dotprod, BN_CPU_BIT(NEON) | BN_CPU_BIT(DOTPROD)},
+    {&bn_kernels_i8mm, BN_CPU_BIT(NEON) | BN_CPU_BIT(DOTPROD) | BN_CPU_BIT(I8MM)},
+    {&bn_kernels_neonbf16, BN_CPU_BIT(NEON) | BN_CPU_BIT(BF16)},
 #endif
 };
 enum { SETS = sizeof sets / sizeof *sets };

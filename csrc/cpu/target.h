@@ -15,4 +15,11 @@
 #define BN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+/* The same for extensions of ARMv8.2, which clang lists as "a,b" and gcc as "+a+b". */
+#if defined(__clang__)
+#define BN_TARGET_BEGIN_ARM(list, sum) BN_TARGET_BEGIN(list)
+#else
+#define BN_TARGET_BEGIN_ARM(list, sum) BN_TARGET_BEGIN("arch=armv8.2-a" sum)
+#endif
+
 #endif
