@@ -129,9 +129,10 @@ bn_status bn_projection_backward_weight(const bn_projection *p, bn_precision pre
         args.b = (gemm_operand){.data = bn_i8(x->q) + first * x->q->shape[1],
                                 .row_stride = x->q->shape[1],
                                 .col_stride = 1,
-                                .depth_scale = bn_f32(x->act_scale) + first,
                                 .dtype = BN_I8,
                                 .tiled = true};
+        /* Before a rounding to bf16 the scale goes to dy, which is rounded anyway: int8 alone survives it unchanged. */
+        (precision == BN_FAST ? &args.a : &args.b)->depth_scale = bn_f32(x->act_scale) + first;
     }
     return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
