@@ -36,9 +36,10 @@ def precision(name: str) -> Iterator[None]:
     """How what is recorded inside multiplies in its backward pass: "fp32" (the default) or "fast".
 
     fp32: in f32, the same bits on every instruction set. fast: factors rounded to bf16, which int8 activations and
-    ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; sums in f32;
-    the same bits for any number of threads, but not on every instruction set. A cross_entropy that is differentiated
-    makes its logits in the same precision. Every other forward value is the same in both.
+    ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; attention
+    makes its scores again from rounded queries and keys; sums in f32; the same bits for any number of threads, but not
+    on every instruction set. A cross_entropy that is differentiated makes its logits in the same precision. Every other
+    forward value is the same in both.
     """
     before = _core.get_precision()
     _core.set_precision(name)

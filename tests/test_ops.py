@@ -101,6 +101,73 @@ def test_attention_of_any_shape(batch: int, time: int, kv: int, group: int, half
     test_against_numpy(Case("attention", (q, k, v), (time + 2 * half) * group, (0, 1, 2)))
 
 
+def attention_gradients(
+    precision: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, dy: np.ndarray
+) -> list[np.ndarray]:
+    inputs = [bitnet.tensor(x, requires_grad=True) for x in (q, k, v)]
+    with bitnet.ops.precision(precision):
+        (bitnet.ops.attention(*inputs) * bitnet.tensor(dy)).sum().backward()
+    return [x.grad.numpy() for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "heads", "kv", "dim"),
+    [(2, 1, 2, 1, 2), (2, 37, 4, 2, 6), (1, 130, 4, 2, 64), (1, 300, 2, 2, 32), (1, 530, 2, 1, 256)],
+)
+def test_fast_attention_gradients(isa: str, batch: int, time: int, heads: int, kv: int, dim: int) -> None:
+    """Each factor of a product is rounded to bf16, by at most u = 2^-8 of itself; sums in f32 are exact beside that.
+
+    Of a score s = scale q k that is 2 u S, S = scale |q| |k|; of p = exp(s - m) / l, 2 u S of itself, u / 50 for exp,
+    and u more when p is a factor. Of dp = dy v it is 2 u A, A = |dy| |v|; so of ds = scale p (dp - delta), scale p
+    (2 u A + (2 S + 1.02) u |dp - delta|). The other factor of dv, dk and dq adds a u. A tenth covers the squares of u.
+    """
+    rng = np.random.default_rng(time)
+    q, dy = (rng.normal(size=(batch, time, heads, dim)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(batch, time, kv, dim)).astype(np.float32) for _ in range(2))
+    got = attention_gradients("fast", q, k, v, dy)
+    exact = attention_gradients("fp32", q, k, v, dy)
+    q64, k64, v64, dy64 = (x.astype(np.float64) for x in (q, k, v, dy))
+    group, scale, u = heads // kv, 1 / np.sqrt(dim), 2.0**-8
+    p = attention.probabilities(q64, k64, None)
+    dp = np.einsum("bthd,bshd->bhts", dy64, np.repeat(v64, group, 2))
+    centred = np.abs(dp - np.sum(dp * p, -1, keepdims=True))
+    aq, ak, av, ady = (np.abs(x) for x in (q64, np.repeat(k64, group, 2), np.repeat(v64, group, 2), dy64))
+    scores, products = (np.einsum("bthd,bshd->bhts", x, y) for x, y in ((aq * scale, ak), (ady, av)))
+    of_p = p * (2 * scores + 2.02)
+    of_ds = scale * p * (2 * products + (2 * scores + 2.02) * centred)
+    shared = (batch, time, kv, group, dim)
+    bounds = (
+        np.einsum("bhts,bshd->bthd", of_ds, ak),
+        np.einsum("bhts,bthd->bshd", of_ds, aq).reshape(shared).sum(3),
+        np.einsum("bhts,bthd->bshd", of_p, ady).reshape(shared).sum(3),
+    )
+    for gradient, want, same, bound in zip(got, attention.backward(dy64, q64, k64, v64), exact, bounds, strict=True):
+        assert np.all(np.abs(gradient - want) <= 1.1 * u * bound + 1e-30)
+        assert time == 1 or not np.array_equal(gradient, same)
+
+
+def test_fast_attention_is_the_same_on_any_number_of_threads(isa: str) -> None:
+    rng = np.random.default_rng(3)
+    q, dy = (rng.normal(size=(2, 300, 6, 48)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(2, 300, 3, 48)).astype(np.float32) for _ in range(2))
+    runs, before = [], bitnet.get_threads()
+    for count in (1, 2, 5):
+        bitnet.set_threads(count)
+        runs.append(attention_gradients("fast", q, k, v, dy))
+    bitnet.set_threads(before)
+    for run in runs[1:]:
+        for gradient, first in zip(run, runs[0], strict=True):
+            np.testing.assert_array_equal(gradient, first)
+
+
+def test_fast_attention_with_huge_scores_stays_finite(isa: str) -> None:
+    """Rounded factors lift scores of 1e6 by thousands over the maximum of the exact ones: p is cut to 1 / l."""
+    rng = np.random.default_rng(4)
+    q, k, v, dy = (rng.normal(size=(1, 40, 2, 16)).astype(np.float32) for _ in range(4))
+    for gradient in attention_gradients("fast", 1000 * q, 1000 * k, v, dy):
+        assert np.all(np.isfinite(gradient))
+
+
 def test_attention_with_huge_scores_does_not_overflow() -> None:
     rng = np.random.default_rng(8)
     q, k, v = (rng.normal(size=(1, 100, 2, 8)).astype(np.float32) * s for s in (1e3, 1e3, 1))

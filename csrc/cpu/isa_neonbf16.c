@@ -39,10 +39,21 @@ static inline float32x4_t bf16_pairs_4(float32x4_t a, float32x4_t b) {
 }
 static inline vf bf16_pairs(vf a, vf b) { return EACH2(bf16_pairs_4, a, b); }
 
+/* The same where the lower halves of all floats are zero. */
+static inline float32x4_t bf16_exact_pairs_4(float32x4_t a, float32x4_t b) {
+    const uint16x8_t x = vreinterpretq_u16_f32(a), y = vreinterpretq_u16_f32(b);
+    return vreinterpretq_f32_u16(vtrn2q_u16(x, y));
+}
+static inline vf bf16_exact_pairs(vf a, vf b) { return EACH2(bf16_exact_pairs_4, a, b); }
+
+#define BF16_PER_WORD 2
+#define BF16_ACROSS(v) bf16_pairs((v)[0], (v)[1])
+#define BF16_ALONG(v) bf16_halves((v)[0], (v)[1])
 #define PACK pack_bf16
-#define PACK_PER_WORD 2
-#define PACK_ACROSS(v) bf16_pairs(v[0], v[1])
-#define PACK_ALONG(v) bf16_halves(v[0], v[1])
+#define PACK_PER_WORD BF16_PER_WORD
+#define PACK_ACROSS BF16_ACROSS
+#define PACK_ACROSS_EXACT(v) bf16_exact_pairs((v)[0], (v)[1])
+#define PACK_ALONG BF16_ALONG
 #include "cpu/pack.inc"
 
 #define MMLA_MULTIPLY multiply_bf16
@@ -51,6 +62,11 @@ static inline vf bf16_pairs(vf a, vf b) { return EACH2(bf16_pairs_4, a, b); }
 
 static const bn_micro micro_bf16 = {"neon-bf16", 2, MMLA_ROWS, 16 * MMLA_VECTORS, multiply_bf16, pack_bf16};
 
+#define BF16_OPEN()
+#define BF16_CLOSE()
+#define BF16_PART 96
+#define BF16_MULTIPLY multiply_bf16
+#include "cpu/attention_bf16.inc"
 #include "cpu/gemm_bf16.inc"
 
 extern const bn_kernel_table bn_kernels_neonbf16;
@@ -59,7 +75,8 @@ const bn_kernel_table bn_kernels_neonbf16 = {.isa = "neonbf16",
                                              .pack_panels = pack_panels,
                                              .gemm_panels = gemm_panels,
                                              .head_statistics = head_statistics,
-                                             .head_gradient = head_gradient};
+                                             .head_gradient = head_gradient,
+                                             .attention_backward_bf16 = attention_backward_bf16};
 
 BN_TARGET_END
 #else

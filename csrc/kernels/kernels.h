@@ -379,6 +379,12 @@ typedef struct attention_backward_args {
     bool accumulate_q, accumulate_k, accumulate_v;
 } attention_backward_args;
 
+/* The same with every factor of a product rounded once to bf16: q, k, v, dout, p and ds. exp (within 7.6e-5) and delta
+ * are in f32, p is at most 1/l, and sums are in f32 in an order that depends on the instruction set, T and D, but on
+ * nothing else. Pairs that are not seen are zeros that are multiplied: an infinity in q, k or dout reaches its
+ * neighbours. */
+typedef attention_backward_args attention_backward_bf16_args;
+
 /* y = gate * sigmoid(gate) * up. Units: blocks. Where int8.q is given y is not stored but quantized, as quantize_rows
  * would rows of `cols`: units are rows then. */
 typedef struct swiglu_forward_args {

@@ -421,15 +421,36 @@ static void test_attention_forward(void) {
     }
 }
 
+/* `n` maxima that keep exp in range, whatever the scores, and reciprocal sums. */
+static float *statistics(int64_t n) {
+    float *stats = reals(2 * n);
+    for (int64_t i = 0; i < n; i++) {
+        stats[2 * i] += 4.0f;
+    }
+    return stats;
+}
+
 static void test_attention_backward(void) {
     FOR_EACH(T, 1, 17, 130) FOR_EACH(D, 2, 32, 80) FOR_EACH(accumulate, 0, 1) {
         const int64_t B = T < 130 ? 2 : 1, KV = T < 130 ? 2 : 1, H = 2 * KV, q = B * T * H * D, k = B * T * KV * D;
-        float *stats = reals(2 * B * H * T);
-        for (int64_t i = 0; i < B * H * T; i++) {
-            stats[2 * i] += 4.0f; /* a maximum that keeps exp in range, whatever the scores */
-        }
+        const float *stats = statistics(B * H * T);
         LAUNCH(attention_backward, B * KV, reals(q), reals(k), reals(k), reals(q), reals(q), stats, result(q),
                result(k), result(k), B, T, H, KV, D, 0.2f, accumulate != 0, accumulate != 0, accumulate != 0);
+    }
+}
+
+/* The last two are longer than a block of queries, the last also than a span of keys. */
+static void test_attention_backward_bf16(void) {
+    static const int64_t shapes[][2] = {{1, 2},   {17, 32},  {33, 80},  {64, 16},
+                                        {130, 2}, {130, 80}, {300, 32}, {530, 256}}; /* T, D */
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        FOR_EACH(accumulate, 0, 1) {
+            const int64_t T = shapes[i][0], D = shapes[i][1], B = T < 130 ? 2 : 1, KV = B, H = 2 * KV;
+            const int64_t q = B * T * H * D, k = B * T * KV * D;
+            const float *stats = statistics(B * H * T);
+            LAUNCH(attention_backward_bf16, B * KV, reals(q), reals(k), reals(k), reals(q), reals(q), stats, result(q),
+                   result(k), result(k), B, T, H, KV, D, 0.2f, accumulate != 0, accumulate != 0, accumulate != 0);
+        }
     }
 }
 
