@@ -345,7 +345,7 @@ static void test_panels(void) {
 /* ---- the output head --------------------------------------------------------------------------------------------- */
 
 /* One part that is all of the vocabulary, through head_statistics, head_loss and head_gradient, beside doubles.
- * A logit x of rounded factors is off by e <= (C + 1) 2^-24 sum of sizes <= C (C + 1) 2^-24, as are the maximum and,
+ * A logit x of rounded factors is off by e <= (C + 3) 2^-24 sum of sizes <= C (C + 3) 2^-24, as are the maximum and,
  * with 2^-17 for the exponential and its shift and 2^-22 for f32, lse; so exp(x - lse) is off by a factor within
  * exp(+-bound), bound = 2 e + 2^-16, and d is rounded to bf16, by 2^-8 of itself. */
 static void test_head_shape(int64_t rows, int64_t V, int64_t C) {
@@ -357,7 +357,7 @@ static void test_head_shape(int64_t rows, int64_t V, int64_t C) {
     int32_t *targets = fenced(rows * 4);
     double *exact = fenced(V * 8);
     const float weight = 0.25f, dloss = -3.0f;
-    const double e = (double)(C * (C + 1)) * 0x1p-24, bound = 2.0 * e + 0x1p-16;
+    const double e = (double)(C * (C + 3)) * 0x1p-24, bound = 2.0 * e + 0x1p-16;
     for (int64_t i = 0; i < V * V; i++) {
         identity[i] = i / V == i % V ? 1.0f : 0.0f;
     }
