@@ -16,8 +16,9 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "base/clock.h"
 
 /* Longer than the gap between two launches of one layer, shorter than what a sleeping thread needs to wake (50 us). */
 #define SPIN_NANOSECONDS 40000
@@ -61,12 +62,6 @@ static inline void relax(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
-}
-
-static int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 static int available_cpus(void) {
@@ -146,7 +141,7 @@ static void work(void *scratch) {
 /* Returns when the launch number is no longer `seen`. */
 static void await_launch(uint32_t seen) {
     if (atomic_load(&pool.spin)) {
-        for (int64_t start = nanoseconds(); nanoseconds() - start < SPIN_NANOSECONDS;) {
+        for (int64_t start = bn_nanoseconds(); bn_nanoseconds() - start < SPIN_NANOSECONDS;) {
             for (int i = 0; i < 16; i++) {
                 if (LAUNCH(atomic_load(&pool.state)) != seen) {
                     return;
@@ -243,7 +238,7 @@ static void stop_workers(void) {
 }
 
 static void wait_for_workers(void) {
-    for (int64_t start = nanoseconds(); nanoseconds() - start < SPIN_NANOSECONDS;) {
+    for (int64_t start = bn_nanoseconds(); bn_nanoseconds() - start < SPIN_NANOSECONDS;) {
         for (int i = 0; i < 16; i++) {
             if (INSIDE(atomic_load(&pool.state)) == 0) {
                 return;

@@ -165,28 +165,27 @@ static inline void call_in(const bn_block *k, int64_t row, int64_t col, int64_t 
 AMX_MULTIPLY(multiply_bf16_tiles, _tile_dpbf16ps)
 AMX_MULTIPLY(multiply_i8_tiles, _tile_dpbsud)
 
-static const bn_micro micro_bf16 = {"amx-bf16", 2, 32, 32, multiply_bf16_tiles, pack_bf16};
-static const bn_micro micro_i8_tiles = {"amx-int8", 4, 32, 32, multiply_i8_tiles, NULL};
+static const bn_micro micro_bf16 = {2, 32, 32, multiply_bf16_tiles, pack_bf16};
+static const bn_micro micro_i8_tiles = {4, 32, 32, multiply_i8_tiles, NULL};
 
 #define BF16_OPEN() open_tiles()
 #define BF16_CLOSE() _tile_release()
 #define BF16_PART 32
 #define BF16_MULTIPLY multiply_bf16_tiles_opened
-#include "cpu/attention_bf16.inc"
-#include "cpu/gemm_bf16.inc"
+#include "cpu/bf16.inc"
 
 #define BITLINEAR_MICRO(a) ((a)->m < BN_TILE_LANES ? &micro_i8 : &micro_i8_tiles)
 #include "cpu/bitlinear.inc"
 
 extern const bn_kernel_table bn_kernels_amx;
-const bn_kernel_table bn_kernels_amx = {.isa = "amx",
-                                        .gemm_bf16 = gemm_bf16,
-                                        .pack_panels = pack_panels,
-                                        .gemm_panels = gemm_panels,
-                                        .head_statistics = head_statistics,
-                                        .head_gradient = head_gradient,
-                                        .bitlinear_forward = bitlinear_forward,
-                                        .attention_backward_bf16 = attention_backward_bf16};
+const bn_kernel_table bn_kernels_amx = {
+    .isa = "amx",
+    .bitlinear_forward = bitlinear_forward,
+#define KERNEL(name)
+#define FAST_KERNEL(name) .name = name,
+#include "kernels/kernels.def"
+#undef KERNEL
+};
 
 BN_TARGET_END
 #else

@@ -35,23 +35,19 @@ static inline vf dot_bf16(vf sum, const char *right, const char *left) {
 #define MICRO_PUT v_put
 #include "cpu/micro.inc"
 
-static const bn_micro micro_bf16 = {"avx512-bf16", 2, F32_ROWS, 16 * F32_VECTORS, multiply_bf16, pack_bf16};
+static const bn_micro micro_bf16 = {2, F32_ROWS, 16 * F32_VECTORS, multiply_bf16, pack_bf16};
 
-#define BF16_OPEN()
-#define BF16_CLOSE()
-#define BF16_PART 96
 #define BF16_MULTIPLY multiply_bf16
-#include "cpu/attention_bf16.inc"
-#include "cpu/gemm_bf16.inc"
+#include "cpu/bf16.inc"
 
 extern const bn_kernel_table bn_kernels_avx512bf16;
-const bn_kernel_table bn_kernels_avx512bf16 = {.isa = "avx512bf16",
-                                               .gemm_bf16 = gemm_bf16,
-                                               .pack_panels = pack_panels,
-                                               .gemm_panels = gemm_panels,
-                                               .head_statistics = head_statistics,
-                                               .head_gradient = head_gradient,
-                                               .attention_backward_bf16 = attention_backward_bf16};
+const bn_kernel_table bn_kernels_avx512bf16 = {
+    .isa = "avx512bf16",
+#define KERNEL(name)
+#define FAST_KERNEL(name) .name = name,
+#include "kernels/kernels.def"
+#undef KERNEL
+};
 
 BN_TARGET_END
 #else

@@ -60,23 +60,19 @@ static inline vf bf16_exact_pairs(vf a, vf b) { return EACH2(bf16_exact_pairs_4,
 #define MMLA(sum, left, right) __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(left), "w"(right))
 #include "cpu/mmla.inc"
 
-static const bn_micro micro_bf16 = {"neon-bf16", 2, MMLA_ROWS, 16 * MMLA_VECTORS, multiply_bf16, pack_bf16};
+static const bn_micro micro_bf16 = {2, MMLA_ROWS, 16 * MMLA_VECTORS, multiply_bf16, pack_bf16};
 
-#define BF16_OPEN()
-#define BF16_CLOSE()
-#define BF16_PART 96
 #define BF16_MULTIPLY multiply_bf16
-#include "cpu/attention_bf16.inc"
-#include "cpu/gemm_bf16.inc"
+#include "cpu/bf16.inc"
 
 extern const bn_kernel_table bn_kernels_neonbf16;
-const bn_kernel_table bn_kernels_neonbf16 = {.isa = "neonbf16",
-                                             .gemm_bf16 = gemm_bf16,
-                                             .pack_panels = pack_panels,
-                                             .gemm_panels = gemm_panels,
-                                             .head_statistics = head_statistics,
-                                             .head_gradient = head_gradient,
-                                             .attention_backward_bf16 = attention_backward_bf16};
+const bn_kernel_table bn_kernels_neonbf16 = {
+    .isa = "neonbf16",
+#define KERNEL(name)
+#define FAST_KERNEL(name) .name = name,
+#include "kernels/kernels.def"
+#undef KERNEL
+};
 
 BN_TARGET_END
 #else

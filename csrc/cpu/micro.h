@@ -42,7 +42,6 @@ typedef struct bn_packing {
 } bn_packing;
 
 typedef struct bn_micro {
-    const char *name;
     int per_word;   /* values of p in a word */
     int rows, cols; /* of the register tile; blocks in multiples of these leave no edge */
     void (*multiply)(const bn_block *block);

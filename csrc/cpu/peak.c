@@ -8,13 +8,11 @@
  * Every thread of the pool runs the loop at the same time: they meet at a barrier, run until the same moment, and their
  * work is divided by the time from the first start to the last end.
  */
-#define _DEFAULT_SOURCE /* clock_gettime */
 #include "cpu/peak.h"
 
 #include <stdatomic.h>
 #include <string.h>
-#include <time.h>
-
+#include "base/clock.h"
 #include "base/cpu_features.h"
 #include "base/parallel.h"
 #include "cpu/target.h"
@@ -180,12 +178,6 @@ static const struct loop *fastest(bn_peak_kind kind) {
     return NULL;
 }
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* The first round also raises the clock and wakes the threads; a round of a millisecond is short enough for some to
  * pass between two interruptions by other programs. */
 #define ROUNDS 10
@@ -202,17 +194,17 @@ typedef struct round {
 } round;
 
 static void run_unit(round *r, int unit) {
-    const double waiting = now();
+    const double waiting = bn_seconds();
     atomic_fetch_add(&r->arrived, 1);
-    while (atomic_load(&r->arrived) < r->threads && now() - waiting < MEETING_SECONDS) {
+    while (atomic_load(&r->arrived) < r->threads && bn_seconds() - waiting < MEETING_SECONDS) {
     }
-    const double start = now();
+    const double start = bn_seconds();
     double end = start;
     int64_t done = 0;
     while (end - start < r->seconds) {
         r->loop->run(REPEATS);
         done += REPEATS;
-        end = now();
+        end = bn_seconds();
     }
     r->start[unit] = start;
     r->end[unit] = end;

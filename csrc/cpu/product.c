@@ -14,6 +14,16 @@ static int64_t block_steps(const bn_micro *micro, int64_t steps) {
     return bn_max_i64(bn_ceil_div(steps, bn_max_i64(bn_ceil_div(steps, most), 1)), 1);
 }
 
+/* The part of c that is a unit: tiles lie row by row over (m, n), the last ones cut off. */
+typedef struct tile {
+    int64_t top, rows, left, cols;
+} tile;
+
+static tile tile_of(int64_t unit, int64_t m, int64_t n, int64_t tile_m, int64_t tile_n) {
+    const int64_t across = bn_ceil_div(n, tile_n), top = unit / across * tile_m, left = unit % across * tile_n;
+    return (tile){top, bn_min_i64(m - top, tile_m), left, bn_min_i64(n - left, tile_n)};
+}
+
 /* ---- factors that have to be packed ------------------------------------------------------------------------------ */
 
 typedef struct gemm_block {
@@ -96,12 +106,10 @@ static void gemm_rows(const gemm_block *b, int64_t top, int64_t rows, int64_t le
 
 void bn_product_gemm(const bn_micro *micro, const gemm_args *g, int64_t begin, int64_t end, void *scratch) {
     const gemm_block b = gemm_layout(micro, g, scratch);
-    const int64_t across = bn_ceil_div(g->n, g->tile_n);
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t top = unit / across * g->tile_m, left = unit % across * g->tile_n;
-        const int64_t bottom = bn_min_i64(top + g->tile_m, g->m), cols = bn_min_i64(g->n - left, g->tile_n);
-        for (int64_t i = top; i < bottom; i += b.most_rows) {
-            gemm_rows(&b, i, bn_min_i64(bottom - i, b.most_rows), left, cols);
+        const tile t = tile_of(unit, g->m, g->n, g->tile_m, g->tile_n);
+        for (int64_t i = 0; i < t.rows; i += b.most_rows) {
+            gemm_rows(&b, t.top + i, bn_min_i64(t.rows - i, b.most_rows), t.left, t.cols);
         }
     }
 }
@@ -121,19 +129,18 @@ void bn_product_block(const bn_micro *micro, const bn_block *block) {
 }
 
 void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t begin, int64_t end) {
-    const int64_t across = bn_ceil_div(g->n, g->tile_n);
     const int64_t steps = bn_micro_steps(micro, g->k), panel = steps * BN_TILE_BYTES;
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t top = unit / across * g->tile_m, left = unit % across * g->tile_n;
-        const bn_block block = {.left = (const char *)g->left + top / BN_TILE_LANES * panel,
-                                .right = (const char *)g->right + left / BN_TILE_LANES * panel,
+        const tile t = tile_of(unit, g->m, g->n, g->tile_m, g->tile_n);
+        const bn_block block = {.left = (const char *)g->left + t.top / BN_TILE_LANES * panel,
+                                .right = (const char *)g->right + t.left / BN_TILE_LANES * panel,
                                 .left_panel = panel,
                                 .right_panel = panel,
                                 .steps = steps,
-                                .c = g->c + top * g->ldc + left,
+                                .c = g->c + t.top * g->ldc + t.left,
                                 .ldc = g->ldc,
-                                .rows = bn_min_i64(g->m - top, g->tile_m),
-                                .cols = bn_min_i64(g->n - left, g->tile_n),
+                                .rows = t.rows,
+                                .cols = t.cols,
                                 .resume = g->accumulate};
         bn_product_block(micro, &block);
     }
@@ -148,34 +155,28 @@ static void bitlinear_strip(const bn_micro *micro, const bitlinear_forward_args 
                             int64_t left, int64_t cols, int32_t *sums) {
     const int64_t steps = bn_ceil_div(a->k, BN_QUANT_PAD), panel = steps * BN_TILE_BYTES;
     const int64_t rows_of_q = a->q_stride / BN_QUANT_PAD * BN_TILE_BYTES;
-    const int64_t most = block_steps(micro, steps);
-    bn_block block = {.left_panel = rows_of_q,
-                      .right_panel = panel,
-                      .c = sums,
-                      .ldc = micro->cols,
-                      .rows = rows,
-                      .cols = bn_round_up(cols, BN_TILE_LANES)};
-    for (int64_t step = 0; step == 0 || step < steps; step += most) {
-        block.left = a->q + top / BN_TILE_LANES * rows_of_q + step * BN_TILE_BYTES;
-        block.right = a->panels + left / BN_TILE_LANES * panel + step * BN_TILE_BYTES;
-        block.steps = bn_min_i64(steps - step, most);
-        block.resume = step > 0;
-        micro->multiply(&block);
-    }
+    const bn_block block = {.left = a->q + top / BN_TILE_LANES * rows_of_q,
+                            .right = a->panels + left / BN_TILE_LANES * panel,
+                            .left_panel = rows_of_q,
+                            .right_panel = panel,
+                            .steps = steps,
+                            .c = sums,
+                            .ldc = micro->cols,
+                            .rows = rows,
+                            .cols = bn_round_up(cols, BN_TILE_LANES)};
+    bn_product_block(micro, &block);
 }
 
 void bn_product_bitlinear(const bn_micro *micro, bn_finish_strip *finish, const bitlinear_forward_args *a,
                           int64_t begin, int64_t end, void *scratch) {
-    const int64_t across = bn_ceil_div(a->n, a->tile_n);
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t top = unit / across * a->tile_m, bottom = bn_min_i64(top + a->tile_m, a->m);
-        const int64_t left = unit % across * a->tile_n, right = bn_min_i64(left + a->tile_n, a->n);
-        for (int64_t j = left; j < right; j += micro->cols) {
-            const int64_t cols = bn_min_i64(right - j, micro->cols);
-            for (int64_t i = top; i < bottom; i += BITLINEAR_ROWS) {
-                const int64_t rows = bn_min_i64(bottom - i, BITLINEAR_ROWS);
-                bitlinear_strip(micro, a, i, rows, j, cols, scratch);
-                finish(a, scratch, micro->cols, i, rows, j, cols);
+        const tile t = tile_of(unit, a->m, a->n, a->tile_m, a->tile_n);
+        for (int64_t j = 0; j < t.cols; j += micro->cols) {
+            const int64_t cols = bn_min_i64(t.cols - j, micro->cols);
+            for (int64_t i = 0; i < t.rows; i += BITLINEAR_ROWS) {
+                const int64_t rows = bn_min_i64(t.rows - i, BITLINEAR_ROWS);
+                bitlinear_strip(micro, a, t.top + i, rows, t.left + j, cols, scratch);
+                finish(a, scratch, micro->cols, t.top + i, rows, t.left + j, cols);
             }
         }
     }

@@ -1,11 +1,9 @@
 /*
  * time_product.c: see time_product.h. Four tensors, x (rows, in), weight (out, in), dy (rows, out) and the result.
  */
-#define _DEFAULT_SOURCE /* clock_gettime */
 #include "ops/time_product.h"
 
-#include <time.h>
-
+#include "base/clock.h"
 #include "base/rng.h"
 #include "ops/projection.h"
 #include "tensor/quantized.h"
@@ -32,12 +30,6 @@ static bn_status run(bn_product product, const bn_projection *p, const float *dy
     }
 }
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static bn_status time_runs(bn_product product, const bn_projection *p, const bn_tensor *dy, bn_tensor *result,
                            int repeats, double *seconds) {
     if (p->ternary) {
@@ -47,9 +39,9 @@ static bn_status time_runs(bn_product product, const bn_projection *p, const bn_
     }
     BN_TRY(run(product, p, bn_f32(dy), bn_f32(result)));
     for (int i = 0; i < repeats; i++) {
-        const double start = now();
+        const double start = bn_seconds();
         BN_TRY(run(product, p, bn_f32(dy), bn_f32(result)));
-        seconds[i] = now() - start;
+        seconds[i] = bn_seconds() - start;
     }
     return BN_OK;
 }

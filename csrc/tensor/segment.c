@@ -9,28 +9,35 @@ static bool is_temporary(const bn_tensor *t) { return t != NULL && t->storage->i
 
 /* ---- giving back and taking again ---------------------------------------------------------------------------- */
 
-static void evict(bn_tensor *t) {
+/* What goes and comes with t: its own storage, and those of its int8 form, because the node that fills that follows the
+ * one that makes t. Returns how many; none if t is not temporary. */
+enum { MOST_STORAGES = 4 };
+
+static int storages_of(const bn_tensor *t, bn_storage *out[MOST_STORAGES]) {
     if (!is_temporary(t)) {
-        return;
+        return 0;
     }
-    bn_storage_evict(t->storage);
-    if (t->quantized != NULL) {
-        bn_storage_evict(t->quantized->q->storage);
-        bn_storage_evict(t->quantized->act_scale->storage);
-        bn_storage_evict(t->quantized->row_sum->storage);
+    out[0] = t->storage;
+    if (t->quantized == NULL) {
+        return 1;
+    }
+    out[1] = t->quantized->q->storage;
+    out[2] = t->quantized->act_scale->storage;
+    out[3] = t->quantized->row_sum->storage;
+    return MOST_STORAGES;
+}
+
+static void evict(const bn_tensor *t) {
+    bn_storage *storages[MOST_STORAGES];
+    for (int i = storages_of(t, storages); i-- > 0;) {
+        bn_storage_evict(storages[i]);
     }
 }
 
-/* The int8 form comes with its activation: the node that fills it follows the one that makes x. */
-static bn_status ensure(bn_tensor *t) {
-    if (!is_temporary(t)) {
-        return BN_OK;
-    }
-    BN_TRY(bn_storage_ensure(t->storage));
-    if (t->quantized != NULL) {
-        BN_TRY(bn_storage_ensure(t->quantized->q->storage));
-        BN_TRY(bn_storage_ensure(t->quantized->act_scale->storage));
-        BN_TRY(bn_storage_ensure(t->quantized->row_sum->storage));
+static bn_status ensure(const bn_tensor *t) {
+    bn_storage *storages[MOST_STORAGES];
+    for (int i = storages_of(t, storages); i-- > 0;) {
+        BN_TRY(bn_storage_ensure(storages[i]));
     }
     return BN_OK;
 }
@@ -108,11 +115,9 @@ static void mark_own(const reference *references, int64_t n) {
 
 static void mark_quantized(const bn_node *nodes, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        const bn_tensor *x = nodes[i].output;
-        if (is_temporary(x) && x->quantized != NULL) {
-            x->quantized->q->storage->is_temporary = true;
-            x->quantized->act_scale->storage->is_temporary = true;
-            x->quantized->row_sum->storage->is_temporary = true;
+        bn_storage *storages[MOST_STORAGES];
+        for (int k = storages_of(nodes[i].output, storages); k-- > 0;) {
+            storages[k]->is_temporary = true;
         }
     }
 }
