@@ -13,7 +13,7 @@
 BN_EXTERN_C_BEGIN
 
 /* Private memory a range function may use for its tiles. Kept under half of a 2 MiB L2. */
-#define BN_SCRATCH_BYTES (1 << 20)
+#define BN_SCRATCH_BYTES (2 << 20)
 #define BN_MAX_THREADS 64
 
 /* `scratch`: BN_SCRATCH_BYTES of this call's own memory, 64-byte aligned, contents undefined. */

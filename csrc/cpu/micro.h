@@ -28,8 +28,8 @@ typedef struct bn_block {
 } bn_block;
 
 /* Brings part of a factor into panels: lanes [first_lane, + lanes) by p in [first_p, + depth). The element (lane, p) is
- * at data[lane * lane_stride + p * p_stride], one of the strides being 1; where `tiled`, it is the int8 form of an
- * activation, lanes being its columns, p its rows and p_stride the bytes of a row (kernels.h: quantize_rows). */
+ * at data[lane * lane_stride + p * p_stride], one of the strides being 1; where `tiled`, at
+ * data[bn_tiled_at(p, lane, p_stride, lane_stride)]. */
 typedef struct bn_packing {
     const void *data;
     bn_dtype dtype; /* f32 or i8 */
@@ -45,7 +45,9 @@ typedef struct bn_micro {
     int per_word;   /* values of p in a word */
     int rows, cols; /* of the register tile; blocks in multiples of these leave no edge */
     void (*multiply)(const bn_block *block);
-    void (*pack)(const bn_packing *packing); /* NULL for integers: both factors are kept in tiles */
+    /* NULL for integers, whose factors are kept in tiles and whose sums are not c: */
+    void (*pack)(const bn_packing *packing);
+    void (*move)(const float *from, int64_t from_ld, float *to, int64_t to_ld, int64_t rows, int64_t cols);
 } bn_micro;
 
 /* Values of p in a tile, and tiles that `depth` of them need. */
@@ -60,13 +62,13 @@ void bn_product_block(const bn_micro *micro, const bn_block *block);
 void bn_product_gemm(const bn_micro *micro, const gemm_args *args, int64_t begin, int64_t end, void *scratch);
 
 /* The same with both factors in panels. */
-void bn_product_panels(const bn_micro *micro, const gemm_panels_args *args, int64_t begin, int64_t end);
+void bn_product_panels(const bn_micro *micro, const gemm_panels_args *args, int64_t begin, int64_t end, void *scratch);
 
-/* Turns integer sums [rows][ldc] of a strip of y into y. */
-typedef void bn_finish_strip(const bitlinear_forward_args *args, const int32_t *sums, int64_t ldc, int64_t top,
+/* Turns integer sums [rows][ldc] of a block of y into y. */
+typedef void bn_finish_block(const bitlinear_forward_args *args, const int32_t *sums, int64_t ldc, int64_t top,
                              int64_t rows, int64_t left, int64_t cols);
 /* The tiles [begin, end) of a bitlinear_forward. */
-void bn_product_bitlinear(const bn_micro *micro, bn_finish_strip *finish, const bitlinear_forward_args *args,
+void bn_product_bitlinear(const bn_micro *micro, bn_finish_block *finish, const bitlinear_forward_args *args,
                           int64_t begin, int64_t end, void *scratch);
 
 #endif

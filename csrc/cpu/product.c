@@ -1,52 +1,66 @@
 /*
  * product.c: the driver of every matrix product: f32, bf16 and int8, whatever the instruction set (Goto and van de
- * Geijn 2008). A strip of right panels stays in L1 while the left panels of a block pass through from L2; c rests in
- * memory between blocks of p. Every output is one chain of sums in the order of p, so no block size, tile or thread
- * count can change it.
+ * Geijn 2008). c is made in blocks whose sums stay in L2, in scratch, from the first value of p to the last; a strip
+ * of right panels stays in L1 while the left panels of the block pass through from L2. Every output is one chain of
+ * sums in the order of p, so no block size, tile or thread count can change it.
+ *
+ * Sums in scratch against sums in c itself, bf16 on AMX with both factors in panels (Sapphire Rapids, one core, L3 25
+ * GB/s): 2048 x 2048 x 768 from 31 to 42 % of the peak, because rows of c that lie a power of two apart share few sets
+ * of the caches; 2048 x 768 x 2048 stays at 50 %. A block alone, all of it in L2, is multiplied at 85 %: what is
+ * missing is the time that factors and c take between L2 and L3, which no prefetch that was tried could hide.
  */
 #include "base/cpu_features.h"
 #include "cpu/micro.h"
+#include "kernels/tiles.h"
 
-/* Tiles along p so that a strip takes five sixths of L1, in equal blocks. */
-static int64_t block_steps(const bn_micro *micro, int64_t steps) {
+/* Columns of a block: whole register tiles of every set (16, 32 or 48 columns). The rows of its sums are sixteen floats
+ * further apart, lest they share sets of L1. */
+#define BLOCK_COLS 384
+#define SUMS_COLS (BLOCK_COLS + 16)
+#define MOST_BLOCK_ROWS 512
+
+/* A part of c: a unit, or a block of one. */
+typedef struct part {
+    int64_t top, rows, left, cols;
+} part;
+
+static part unit_of(int64_t unit, int64_t m, int64_t n, int64_t tile_m, int64_t tile_n) {
+    const int64_t across = bn_ceil_div(n, tile_n), top = unit / across * tile_m, left = unit % across * tile_n;
+    return (part){top, bn_min_i64(m - top, tile_m), left, bn_min_i64(n - left, tile_n)};
+}
+
+/* Tiles along p so that a strip takes five sixths of L1, in equal slices. */
+static int64_t slice_steps(const bn_micro *micro, int64_t steps) {
     const int64_t strip = micro->cols / BN_TILE_LANES * BN_TILE_BYTES;
     const int64_t most = bn_max_i64(bn_cpu_cache_bytes(1) * 5 / 6 / strip, 1);
     return bn_max_i64(bn_ceil_div(steps, bn_max_i64(bn_ceil_div(steps, most), 1)), 1);
 }
 
-/* The part of c that is a unit: tiles lie row by row over (m, n), the last ones cut off. */
-typedef struct tile {
-    int64_t top, rows, left, cols;
-} tile;
-
-static tile tile_of(int64_t unit, int64_t m, int64_t n, int64_t tile_m, int64_t tile_n) {
-    const int64_t across = bn_ceil_div(n, tile_n), top = unit / across * tile_m, left = unit % across * tile_n;
-    return (tile){top, bn_min_i64(m - top, tile_m), left, bn_min_i64(n - left, tile_n)};
+void bn_product_block(const bn_micro *micro, const bn_block *block) {
+    const int64_t most = slice_steps(micro, block->steps);
+    bn_block b = *block;
+    for (int64_t step = 0; step == 0 || step < block->steps; step += most) {
+        b.left = (const char *)block->left + step * BN_TILE_BYTES;
+        b.right = (const char *)block->right + step * BN_TILE_BYTES;
+        b.steps = bn_min_i64(block->steps - step, most);
+        b.resume = block->resume || step > 0;
+        micro->multiply(&b);
+    }
 }
 
-/* ---- factors that have to be packed ------------------------------------------------------------------------------ */
+/* ---- factors ----------------------------------------------------------------------------------------------------- */
 
-typedef struct gemm_block {
-    const bn_micro *micro;
-    const gemm_args *g;
-    int64_t steps;             /* tiles along p in a block */
-    float *left_by, *right_by; /* factors of each p */
-    char *strip, *panels;
-    int64_t most_rows;
-} gemm_block;
+/* One side of a product: in panels, or packed slice by slice into scratch. */
+typedef struct factor {
+    const char *panels;    /* the first one */
+    int64_t panel_bytes;   /* from one to the next */
+    const gemm_operand *x; /* what to pack; NULL: it is in panels */
+    bool left;
+    char *room; /* for a packed slice */
+    float *by;  /* factors of the values of p in it */
+} factor;
 
-static gemm_block gemm_layout(const bn_micro *micro, const gemm_args *g, void *scratch) {
-    const int64_t steps = block_steps(micro, bn_micro_steps(micro, g->k)), depth = steps * bn_micro_depth(micro);
-    gemm_block b = {.micro = micro, .g = g, .steps = steps, .strip = scratch};
-    b.left_by = (float *)(void *)(b.strip + steps * BN_TILE_BYTES * (micro->cols / BN_TILE_LANES));
-    b.right_by = b.left_by + depth;
-    b.panels = (char *)(b.right_by + depth);
-    const int64_t room = bn_min_i64(BN_SCRATCH_BYTES - (b.panels - (char *)scratch), bn_cpu_cache_bytes(2) / 2);
-    b.most_rows = bn_max_i64(room / (steps * BN_TILE_BYTES), 1) * BN_TILE_LANES;
-    return b;
-}
-
-/* The factors of p in [first, first + depth) for one side; NULL where all are one. */
+/* What the values of p in [first, first + depth) are multiplied by; NULL where that is one. */
 static const float *p_factors(const gemm_operand *x, int64_t first, int64_t depth, float *out) {
     if (x->scale == NULL && x->depth_scale == NULL) {
         return NULL;
@@ -58,126 +72,144 @@ static const float *p_factors(const gemm_operand *x, int64_t first, int64_t dept
     return out;
 }
 
-static bn_packing packing_of(const gemm_block *b, bool left) {
-    const gemm_operand *x = left ? &b->g->a : &b->g->b;
-    return (bn_packing){.data = x->data,
-                        .dtype = x->dtype,
-                        .tiled = x->tiled,
-                        .left = left,
-                        .lane_stride = left ? x->row_stride : x->col_stride,
-                        .p_stride = left ? x->col_stride : x->row_stride,
-                        .panels = left ? b->panels : b->strip,
-                        .panel_bytes = b->steps * BN_TILE_BYTES};
+/* A slice along p: `steps` tiles from tile `step` on, `depth` values of p. */
+typedef struct slice {
+    int64_t step, steps, depth;
+    const float *left_by, *right_by;
+} slice;
+
+/* Lanes [lane, + lanes) of a slice in panels. */
+static const char *panels_of(const bn_micro *micro, const factor *f, const slice *s, int64_t lane, int64_t lanes,
+                             int64_t *panel_bytes) {
+    if (f->x == NULL) {
+        *panel_bytes = f->panel_bytes;
+        return f->panels + lane / BN_TILE_LANES * f->panel_bytes + s->step * BN_TILE_BYTES;
+    }
+    *panel_bytes = s->steps * BN_TILE_BYTES;
+    const bn_packing packing = {.data = f->x->data,
+                                .dtype = f->x->dtype,
+                                .tiled = f->x->tiled,
+                                .left = f->left,
+                                .lane_stride = f->left ? f->x->row_stride : f->x->col_stride,
+                                .p_stride = f->left ? f->x->col_stride : f->x->row_stride,
+                                .factor = f->left ? s->left_by : s->right_by,
+                                .first_lane = lane,
+                                .lanes = lanes,
+                                .first_p = s->step * bn_micro_depth(micro),
+                                .depth = s->depth,
+                                .panels = f->room,
+                                .panel_bytes = *panel_bytes};
+    micro->pack(&packing);
+    return f->room;
 }
 
-/* The part of c at (top, left), with rows that fit the scratch. The first block of p runs even where k is 0: it is what
- * clears c. */
-static void gemm_rows(const gemm_block *b, int64_t top, int64_t rows, int64_t left, int64_t cols) {
-    const gemm_args *g = b->g;
-    const int64_t most = b->steps * bn_micro_depth(b->micro);
-    bn_packing a = packing_of(b, true), strip = packing_of(b, false);
-    a.first_lane = top;
-    a.lanes = rows;
-    for (int64_t first = 0; first == 0 || first < g->k; first += most) {
-        const int64_t depth = bn_min_i64(g->k - first, most);
-        a.first_p = strip.first_p = first;
-        a.depth = strip.depth = depth;
-        a.factor = p_factors(&g->a, first, depth, b->left_by);
-        strip.factor = p_factors(&g->b, first, depth, b->right_by);
-        b->micro->pack(&a);
-        for (int64_t j = 0; j < cols; j += b->micro->cols) {
-            strip.first_lane = left + j;
-            strip.lanes = bn_min_i64(cols - j, b->micro->cols);
-            b->micro->pack(&strip);
-            const bn_block block = {.left = b->panels,
-                                    .right = b->strip,
-                                    .left_panel = a.panel_bytes,
-                                    .right_panel = strip.panel_bytes,
-                                    .steps = bn_micro_steps(b->micro, depth),
-                                    .c = g->c + top * g->ldc + left + j,
-                                    .ldc = g->ldc,
-                                    .rows = rows,
-                                    .cols = strip.lanes,
-                                    .resume = first > 0 || g->accumulate};
-            b->micro->multiply(&block);
+/* ---- blocks ------------------------------------------------------------------------------------------------------ */
+
+typedef struct product {
+    const bn_micro *micro;
+    factor left, right;
+    int64_t k, steps;   /* of all of p: values and tiles */
+    int64_t most_steps; /* of a slice */
+    int64_t most_rows;  /* of a block */
+    void *sums;         /* (rows, SUMS_COLS), f32 or i32 */
+} product;
+
+/* `left` and `right` as the caller has them: this gives out the scratch. A block's sums take two fifths of L2, its
+ * slice of the left factor about as much. */
+static product plan(const bn_micro *micro, int64_t k, factor left, factor right, void *scratch) {
+    product x = {.micro = micro, .left = left, .right = right, .k = k, .steps = bn_micro_steps(micro, k)};
+    x.most_steps = slice_steps(micro, x.steps);
+    const int64_t depth = x.most_steps * bn_micro_depth(micro), panel = x.most_steps * BN_TILE_BYTES;
+    char *next = scratch;
+    x.left.left = true;
+    x.right.left = false;
+    x.left.by = (float *)(void *)next;
+    x.right.by = x.left.by + depth;
+    next = (char *)(x.right.by + depth);
+    x.right.room = next;
+    next += micro->cols / BN_TILE_LANES * panel;
+    x.sums = next;
+    const int64_t room = BN_SCRATCH_BYTES - (next - (char *)scratch), row = SUMS_COLS * (int64_t)sizeof(float);
+    const int64_t fitting = room / (row + (left.x == NULL ? 0 : panel / BN_TILE_LANES));
+    const int64_t most = bn_min_i64(bn_cpu_cache_bytes(2) * 2 / 5 / (BLOCK_COLS * (int64_t)sizeof(float)), fitting);
+    x.most_rows = bn_max_i64(bn_min_i64(most, MOST_BLOCK_ROWS) / BN_TILE_ROWS * BN_TILE_ROWS, BN_TILE_ROWS);
+    x.left.room = next + x.most_rows * row;
+    return x;
+}
+
+/* The sums of a part of c, added to those that are there if `resume`. The first slice runs even where k is 0: it is
+ * what clears the sums. */
+static void multiply_part(const product *x, part t, bool resume) {
+    for (slice s = {0}; s.step == 0 || s.step < x->steps; s.step += x->most_steps) {
+        const int64_t first = s.step * bn_micro_depth(x->micro);
+        s.steps = bn_min_i64(x->steps - s.step, x->most_steps);
+        s.depth = bn_min_i64(x->k - first, s.steps * bn_micro_depth(x->micro));
+        s.left_by = x->left.x == NULL ? NULL : p_factors(x->left.x, first, s.depth, x->left.by);
+        s.right_by = x->right.x == NULL ? NULL : p_factors(x->right.x, first, s.depth, x->right.by);
+        bn_block block = {.steps = s.steps, .ldc = SUMS_COLS, .rows = t.rows, .resume = resume || s.step > 0};
+        block.left = panels_of(x->micro, &x->left, &s, t.top, t.rows, &block.left_panel);
+        for (int64_t j = 0; j < t.cols; j += x->micro->cols) {
+            block.cols = bn_min_i64(t.cols - j, x->micro->cols);
+            block.right = panels_of(x->micro, &x->right, &s, t.left + j, block.cols, &block.right_panel);
+            block.c = (float *)x->sums + j;
+            x->micro->multiply(&block);
         }
     }
+}
+
+/* The block of unit t at row i and column j of it. */
+static part block_at(const product *x, part t, int64_t i, int64_t j) {
+    return (part){t.top + i, bn_min_i64(t.rows - i, x->most_rows), t.left + j, bn_min_i64(t.cols - j, BLOCK_COLS)};
+}
+#define EACH_BLOCK(block, x, t)                                                                                        \
+    for (int64_t i_ = 0; i_ < (t).rows; i_ += (x)->most_rows)                                                          \
+        for (int64_t j_ = 0; j_ < (t).cols; j_ += BLOCK_COLS)                                                          \
+            for (part block = block_at(x, t, i_, j_), *once_ = &block; once_ != NULL; once_ = NULL)
+
+/* ---- products in floats ------------------------------------------------------------------------------------------ */
+
+static void multiply_into(const product *x, part unit, float *c, int64_t ldc, bool accumulate) {
+    float *sums = x->sums;
+    EACH_BLOCK(t, x, unit) {
+        float *at = c + t.top * ldc + t.left;
+        if (accumulate) {
+            x->micro->move(at, ldc, sums, SUMS_COLS, t.rows, t.cols);
+        }
+        multiply_part(x, t, accumulate);
+        x->micro->move(sums, SUMS_COLS, at, ldc, t.rows, t.cols);
+    }
+}
+
+static factor in_panels(const bn_micro *micro, const void *panels, int64_t k) {
+    return (factor){.panels = panels, .panel_bytes = bn_micro_steps(micro, k) * BN_TILE_BYTES};
 }
 
 void bn_product_gemm(const bn_micro *micro, const gemm_args *g, int64_t begin, int64_t end, void *scratch) {
-    const gemm_block b = gemm_layout(micro, g, scratch);
+    const factor left = g->a.in_panels ? in_panels(micro, g->a.data, g->k) : (factor){.x = &g->a};
+    const product x = plan(micro, g->k, left, (factor){.x = &g->b}, scratch);
     for (int64_t unit = begin; unit < end; unit++) {
-        const tile t = tile_of(unit, g->m, g->n, g->tile_m, g->tile_n);
-        for (int64_t i = 0; i < t.rows; i += b.most_rows) {
-            gemm_rows(&b, t.top + i, bn_min_i64(t.rows - i, b.most_rows), t.left, t.cols);
-        }
+        multiply_into(&x, unit_of(unit, g->m, g->n, g->tile_m, g->tile_n), g->c, g->ldc, g->accumulate);
     }
 }
 
-/* ---- factors that were packed before ----------------------------------------------------------------------------- */
-
-void bn_product_block(const bn_micro *micro, const bn_block *block) {
-    const int64_t most = block_steps(micro, block->steps);
-    bn_block b = *block;
-    for (int64_t step = 0; step == 0 || step < block->steps; step += most) {
-        b.left = (const char *)block->left + step * BN_TILE_BYTES;
-        b.right = (const char *)block->right + step * BN_TILE_BYTES;
-        b.steps = bn_min_i64(block->steps - step, most);
-        b.resume = block->resume || step > 0;
-        micro->multiply(&b);
-    }
-}
-
-void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t begin, int64_t end) {
-    const int64_t steps = bn_micro_steps(micro, g->k), panel = steps * BN_TILE_BYTES;
+void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t begin, int64_t end, void *scratch) {
+    const product x = plan(micro, g->k, in_panels(micro, g->left, g->k), in_panels(micro, g->right, g->k), scratch);
     for (int64_t unit = begin; unit < end; unit++) {
-        const tile t = tile_of(unit, g->m, g->n, g->tile_m, g->tile_n);
-        const bn_block block = {.left = (const char *)g->left + t.top / BN_TILE_LANES * panel,
-                                .right = (const char *)g->right + t.left / BN_TILE_LANES * panel,
-                                .left_panel = panel,
-                                .right_panel = panel,
-                                .steps = steps,
-                                .c = g->c + t.top * g->ldc + t.left,
-                                .ldc = g->ldc,
-                                .rows = t.rows,
-                                .cols = t.cols,
-                                .resume = g->accumulate};
-        bn_product_block(micro, &block);
+        multiply_into(&x, unit_of(unit, g->m, g->n, g->tile_m, g->tile_n), g->c, g->ldc, g->accumulate);
     }
 }
 
-/* ---- factors that lie in tiles: int8 activations, ternary codes -------------------------------------------------- */
+/* ---- int8 activations by ternary codes --------------------------------------------------------------------------- */
 
-/* Rows of y whose integer sums are kept while a strip runs through p: 96 KiB of them for 48 columns. */
-enum { BITLINEAR_ROWS = 512 };
-
-static void bitlinear_strip(const bn_micro *micro, const bitlinear_forward_args *a, int64_t top, int64_t rows,
-                            int64_t left, int64_t cols, int32_t *sums) {
-    const int64_t steps = bn_ceil_div(a->k, BN_QUANT_PAD), panel = steps * BN_TILE_BYTES;
-    const int64_t rows_of_q = a->q_stride / BN_QUANT_PAD * BN_TILE_BYTES;
-    const bn_block block = {.left = a->q + top / BN_TILE_LANES * rows_of_q,
-                            .right = a->panels + left / BN_TILE_LANES * panel,
-                            .left_panel = rows_of_q,
-                            .right_panel = panel,
-                            .steps = steps,
-                            .c = sums,
-                            .ldc = micro->cols,
-                            .rows = rows,
-                            .cols = bn_round_up(cols, BN_TILE_LANES)};
-    bn_product_block(micro, &block);
-}
-
-void bn_product_bitlinear(const bn_micro *micro, bn_finish_strip *finish, const bitlinear_forward_args *a,
+void bn_product_bitlinear(const bn_micro *micro, bn_finish_block *finish, const bitlinear_forward_args *a,
                           int64_t begin, int64_t end, void *scratch) {
+    const factor q = {.panels = (const char *)a->q, .panel_bytes = a->q_stride / BN_QUANT_PAD * BN_TILE_BYTES};
+    const product x = plan(micro, a->k, q, in_panels(micro, a->panels, a->k), scratch);
     for (int64_t unit = begin; unit < end; unit++) {
-        const tile t = tile_of(unit, a->m, a->n, a->tile_m, a->tile_n);
-        for (int64_t j = 0; j < t.cols; j += micro->cols) {
-            const int64_t cols = bn_min_i64(t.cols - j, micro->cols);
-            for (int64_t i = 0; i < t.rows; i += BITLINEAR_ROWS) {
-                const int64_t rows = bn_min_i64(t.rows - i, BITLINEAR_ROWS);
-                bitlinear_strip(micro, a, t.top + i, rows, t.left + j, cols, scratch);
-                finish(a, scratch, micro->cols, t.top + i, rows, t.left + j, cols);
-            }
+        const part whole = unit_of(unit, a->m, a->n, a->tile_m, a->tile_n);
+        EACH_BLOCK(t, &x, whole) {
+            multiply_part(&x, t, false);
+            finish(a, x.sums, SUMS_COLS, t.top, t.rows, t.left, t.cols);
         }
     }
 }

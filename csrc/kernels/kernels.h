@@ -38,9 +38,9 @@ BN_EXTERN_C_BEGIN
 /* Rows of int8 activations come in tiles of sixteen by BN_QUANT_PAD, as integer products read them. */
 #define BN_QUANT_ROWS 16
 #define BN_QUANT_TILE (BN_QUANT_ROWS * BN_QUANT_PAD)
-/* Lanes and values of p in a unit of pack_panels: 32 KiB of f32. */
-#define BN_PACK_LANES 32
-#define BN_PACK_DEPTH 256
+/* A unit of pack_panels: 32 KiB of f32, read twice. */
+#define BN_PACK_ROWS 32
+#define BN_PACK_COLS 256
 /* Rows and vocabulary in a unit of the fused output head: 192 KiB of logits in scratch. Both hold whole register tiles
  * of every instruction set (tiles.h) and whole tiles of p. */
 #define BN_HEAD_ROWS 128
@@ -191,22 +191,34 @@ typedef struct embedding_backward_args {
 
 /* ---- matrix products ---------------------------------------------------------------------------------------- */
 
-/* Where q[row, col] of a quantized activation lies, `stride` being its padded row: tiles of sixteen rows one after the
- * other, the sixteen rows' last tile before the next rows' first. */
+/* Where element (row, col) of an int8 matrix in tiles lies, a tile being `down` bytes from the one above it and
+ * `across` bytes from the one to its left. */
+static inline int64_t bn_tiled_at(int64_t row, int64_t col, int64_t down, int64_t across) {
+    return row / BN_QUANT_ROWS * down + col / BN_QUANT_PAD * across + row % BN_QUANT_ROWS * BN_QUANT_PAD +
+           col % BN_QUANT_PAD;
+}
+/* Activations (q): sixteen rows one tile after the other, as products read that sum along rows; `stride` is a padded
+ * row. */
 static inline int64_t bn_quantized_at(int64_t row, int64_t col, int64_t stride) {
-    return row / BN_QUANT_ROWS * BN_QUANT_ROWS * stride + col / BN_QUANT_PAD * BN_QUANT_TILE +
-           row % BN_QUANT_ROWS * BN_QUANT_PAD + col % BN_QUANT_PAD;
+    return bn_tiled_at(row, col, BN_QUANT_ROWS * stride, BN_QUANT_TILE);
+}
+/* Codes of a weight: 64 columns one tile after the other, as the product reads that sums down columns; `rows` are
+ * padded to whole tiles. */
+static inline int64_t bn_code_at(int64_t row, int64_t col, int64_t rows) {
+    return bn_tiled_at(row, col, BN_QUANT_TILE, rows * BN_QUANT_PAD);
 }
 
 /* One factor of a product: element (i, j) is data[i * row_stride + j * col_stride] (one of the strides is 1), f32 or
  * i8, times scale[0] if given, times depth_scale[k] if given, k being the summed index; where `tiled` (i8, k down the
- * rows), at data[bn_quantized_at(i, j, row_stride)]. Each factor is rounded once before the product: to f32. */
+ * rows), at data[bn_tiled_at(i, j, row_stride, col_stride)]. Each factor is rounded once before the product: to f32. A
+ * left factor of gemm_bf16 may lie at `data` in panels, as pack_panels leaves them, and nothing else is said of it
+ * then. */
 typedef struct gemm_operand {
     const void *data;
     const float *scale, *depth_scale;
     int64_t row_stride, col_stride;
     bn_dtype dtype;
-    bool tiled;
+    bool tiled, in_panels;
 } gemm_operand;
 
 /* c[i, j] (+)= sum over p of a[i, p] * b[p, j], SEQUENTIAL in p, whatever the blocking: partial sums may rest in c
@@ -231,15 +243,25 @@ static inline int64_t bn_panels_bytes(int64_t lanes, int64_t depth) {
     return 1024 * bn_ceil_div(lanes, 16) * bn_ceil_div(depth, 16);
 }
 
-/* Rounds a factor to bf16 and brings it into panels, for products that use it more than once: element (lane, p) is
- * data[lane * lane_stride + p * p_stride], one of the strides being 1. `left`: of a left factor. Units: blocks of
- * BN_PACK_LANES lanes by BN_PACK_DEPTH values of p, row-major. */
+/* A matrix as a left or as a right factor in panels. */
+typedef struct bn_panels {
+    void *memory; /* bn_panels_bytes(lanes, depth); NULL: not wanted */
+    bool left;
+} bn_panels;
+
+/* Rounds a matrix (rows, cols) to bf16 and brings it into panels, for products that use it more than once: `by_rows`
+ * with its rows as lanes and p along the columns, times scale[0] if given; `by_cols` with its columns as lanes and p
+ * along the rows, times row_scale[row] if given. Units: blocks of BN_PACK_ROWS x BN_PACK_COLS, row-major. */
 typedef struct pack_panels_args {
     const float *data;
-    void *panels; /* bn_panels_bytes(lanes, depth) */
-    int64_t lane_stride, p_stride, lanes, depth;
-    bool left;
+    int64_t rows, cols;
+    bn_panels by_rows, by_cols;
+    const float *scale, *row_scale;
 } pack_panels_args;
+
+static inline int64_t bn_pack_units(int64_t rows, int64_t cols) {
+    return bn_ceil_div(rows, BN_PACK_ROWS) * bn_ceil_div(cols, BN_PACK_COLS);
+}
 
 /* gemm_bf16 of two factors in panels: c (+)= left right^T, with the same bits. Units: tiles as of gemm. */
 typedef struct gemm_panels_args {
@@ -251,10 +273,10 @@ typedef struct gemm_panels_args {
 } gemm_panels_args;
 
 /* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
- * Writes codes (rows, cols) i8 and `panels`, the same codes plus one as u8 laid out for integer dot products:
- * panels[(r/16)][(c/4)][r%16][c%4], r and c padded to multiples of 16 and BN_QUANT_PAD with code byte 0.
- * tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes that differ from those found in `codes`
- * on entry. Units: groups of BN_PANEL_ROWS rows. */
+ * Writes codes i8 in tiles (bn_code_at, rows padded to 16) and `panels`, the
+ * codes plus one as u8 laid out for integer dot products: panels[(r/16)][(c/4)][r%16][c%4], r and c padded to multiples
+ * of 16 and BN_QUANT_PAD with code byte 0. tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes
+ * that differ from those found in `codes` on entry. Units: groups of BN_PANEL_ROWS rows. */
 typedef struct ternarize_args {
     const float *w, *scale;
     int8_t *codes;

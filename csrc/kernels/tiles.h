@@ -25,10 +25,11 @@ static inline int64_t bn_tile_of(int64_t size, int64_t parts, int64_t multiple) 
     return bn_max_i64(bn_round_up(bn_ceil_div(size, parts), multiple), multiple);
 }
 
-/* Cuts (m, n) into tiles of at most max_m rows, and halves the longer side until there are four units a worker. */
-static inline bn_tiles bn_tiles_cut(int64_t m, int64_t n, int64_t k, int64_t max_m, int workers) {
-    const int64_t wanted = workers > 1 ? 4 * (int64_t)workers : 1;
-    int64_t down = bn_max_i64(bn_ceil_div(m, max_m), 1), across = 1;
+/* Cuts (m, n) into tiles of at most 512 x 384, what the sums of a block in L2 are (cpu/product.c), and halves the
+ * longer side until there are three units a worker. */
+static inline bn_tiles bn_product_tiles(int64_t m, int64_t n, int64_t k, int workers) {
+    const int64_t wanted = workers > 1 ? 3 * (int64_t)workers : 1;
+    int64_t down = bn_max_i64(bn_ceil_div(m, 512), 1), across = bn_max_i64(bn_ceil_div(n, 384), 1);
     bn_tiles t = {bn_tile_of(m, down, BN_TILE_ROWS), bn_tile_of(n, across, BN_TILE_COLUMNS), 1, 1};
     while (down * across < wanted && t.tile_m * t.tile_n * k > BN_TILE_WORK) {
         if (t.tile_m > BN_TILE_ROWS && (t.tile_m >= t.tile_n || t.tile_n == BN_TILE_COLUMNS)) {
@@ -44,24 +45,6 @@ static inline bn_tiles bn_tiles_cut(int64_t m, int64_t n, int64_t k, int64_t max
     t.units = bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
     t.grain = bn_ceil_div(BN_TILE_WORK / 4, t.tile_m * t.tile_n * k + 1);
     return t;
-}
-
-/* 768 rows of a by 256 of depth are 768 KiB: what the scratch holds beside a strip of b. */
-static inline bn_tiles bn_gemm_tiles(int64_t m, int64_t n, int64_t k, int workers) {
-    return bn_tiles_cut(m, n, k, 768, workers);
-}
-
-/* Factors in panels need no packing: a tile of c, 256 x 768 f32 at most, stays in L2 while strips run through it. */
-static inline bn_tiles bn_panels_tiles(int64_t m, int64_t n, int64_t k, int workers) {
-    bn_tiles t = bn_tiles_cut(m, n, k, 256, workers);
-    t.tile_n = bn_min_i64(t.tile_n, 768);
-    t.units = bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
-    return t;
-}
-
-/* 1 MiB of int8 rows, read once for every strip of the weight, stays in a 2 MiB L2. */
-static inline bn_tiles bn_bitlinear_tiles(int64_t m, int64_t n, int64_t k, int workers) {
-    return bn_tiles_cut(m, n, k, bn_max_i64((1 << 20) / (k + 1), BN_TILE_ROWS), workers);
 }
 
 BN_EXTERN_C_END

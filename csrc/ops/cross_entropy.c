@@ -45,13 +45,9 @@ static bn_status run_chunk(bn_node *n, const bn_projection *p, int64_t first, in
                                      .V = V,
                                      .gradient = gradient};
     BN_TRY(bn_run_cross_entropy(bn_backend_of(p->x), &loss, rows, 1));
-    if (n->saved[DX] != NULL) {
-        BN_TRY(bn_projection_backward_x(p, precision, rows, logits, bn_f32(n->saved[DX]) + first * C, false));
-    }
-    if (n->saved[DW] != NULL) {
-        BN_TRY(bn_projection_backward_weight(p, precision, first, rows, logits, bn_f32(n->saved[DW]), first > 0));
-    }
-    return BN_OK;
+    const bn_grad_memory dx = {n->saved[DX] == NULL ? NULL : bn_f32(n->saved[DX]) + first * C, false};
+    const bn_grad_memory dw = {n->saved[DW] == NULL ? NULL : bn_f32(n->saved[DW]), first > 0};
+    return bn_projection_backward(p, precision, first, rows, logits, dx, dw);
 }
 
 /* loss = (sum of the rows' losses) * weight, the sum in blocks and doubles. */
@@ -121,7 +117,7 @@ static bn_status pass(bn_node *n, bn_tensor *t, const bn_tensor *made) {
 static bn_status fast_backward(bn_node *n) {
     const bn_projection p = projection_of(n);
     const loss_params *params = bn_node_params(n, loss_params);
-    bn_head_target dx, dw;
+    bn_grad_memory dx, dw;
     BN_TRY(bn_projection_unchanged("cross_entropy", &p, params->versions));
     if (bn_storage_version(n->inputs[2]->storage) != params->targets) {
         return bn_fail(

@@ -65,21 +65,19 @@ static bn_status take_room(const bn_backend *backend, const int64_t bytes[PIECES
 
 /* ---- launches ---- */
 
-static bn_status pack(const bn_backend *backend, pack_panels_args args) {
-    const int64_t units = bn_ceil_div(args.lanes, BN_PACK_LANES) * bn_ceil_div(args.depth, BN_PACK_DEPTH);
-    return args.panels == NULL ? BN_OK : bn_run_pack_panels(backend, &args, units, 8);
-}
-
 /* Lines [first, first + count) of a matrix (..., C) as lanes with their channels as p, and the other way round. */
 static bn_status pack_lines(const bn_backend *backend, const bn_tensor *matrix, int64_t first, int64_t count, int64_t C,
                             bool left, void *by_lines, void *by_channels) {
-    const float *data = bn_f32(matrix) + first * C;
-    BN_TRY(pack(backend, (pack_panels_args){data, by_lines, C, 1, count, C, left}));
-    return pack(backend, (pack_panels_args){data, by_channels, 1, C, C, count, false});
+    const pack_panels_args args = {.data = bn_f32(matrix) + first * C,
+                                   .rows = count,
+                                   .cols = C,
+                                   .by_rows = {by_lines, left},
+                                   .by_cols = {by_channels, false}};
+    return bn_run_pack_panels(backend, &args, bn_pack_units(count, C), 4);
 }
 
 static bn_status multiply(const bn_backend *backend, gemm_panels_args args) {
-    const bn_tiles tiles = bn_panels_tiles(args.m, args.n, args.k, backend->parallelism());
+    const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
     args.tile_m = tiles.tile_m;
     args.tile_n = tiles.tile_n;
     return bn_run_gemm_panels(backend, &args, tiles.units, tiles.grain);
@@ -99,7 +97,7 @@ typedef struct head_walk {
     head_room room;
     int64_t row; /* first of the cells walked */
     const float *lse, *weight, *dloss;
-    bn_head_target dx, dw;
+    bn_grad_memory dx, dw;
 } head_walk;
 
 typedef bn_status head_visit(const head_walk *w, const head_part *part);
@@ -190,7 +188,7 @@ static bn_status gradients(const head_walk *w, const head_part *part) {
 }
 
 bn_status bn_fast_head_backward(const bn_projection *p, const bn_tensor *targets, const float *lse, const float *weight,
-                                const float *dloss, bn_head_target dx, bn_head_target dw) {
+                                const float *dloss, bn_grad_memory dx, bn_grad_memory dw) {
     const int64_t C = bn_projection_in(p);
     head_walk w = {.p = p,
                    .backend = bn_backend_of(p->x),

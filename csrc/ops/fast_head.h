@@ -12,15 +12,9 @@ bool bn_fast_head_serves(const bn_projection *p);
 /* Of each row: the loss, and lse = log sum exp of its logits for the backward pass. */
 BN_CHECKED bn_status bn_fast_head_forward(const bn_projection *p, const bn_tensor *targets, float *loss, float *lse);
 
-/* Where one gradient goes; memory NULL: nowhere. */
-typedef struct bn_head_target {
-    float *memory;
-    bool accumulate;
-} bn_head_target;
-
 /* dx and dW of sum(loss) * weight[0] * dloss[0]. x, W and targets are those of the forward pass. */
 BN_CHECKED bn_status bn_fast_head_backward(const bn_projection *p, const bn_tensor *targets, const float *lse,
-                                           const float *weight, const float *dloss, bn_head_target dx,
-                                           bn_head_target dw);
+                                           const float *weight, const float *dloss, bn_grad_memory dx,
+                                           bn_grad_memory dw);
 
 #endif

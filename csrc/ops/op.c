@@ -95,7 +95,7 @@ bn_status bn_launch_axpby(const bn_tensor *like, float alpha, const float *a, fl
 }
 
 bn_status bn_launch_gemm(const bn_backend *backend, bn_precision precision, gemm_args args) {
-    const bn_tiles tiles = bn_gemm_tiles(args.m, args.n, args.k, backend->parallelism());
+    const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
     args.tile_m = tiles.tile_m;
     args.tile_n = tiles.tile_n;
     return precision == BN_FAST ? bn_run_gemm_bf16(backend, &args, tiles.units, tiles.grain)

@@ -57,7 +57,7 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
     const int64_t stride = x->q->shape[1];
     const int64_t out = bn_projection_out(p), in = bn_projection_in(p);
     assert(first % BN_QUANT_ROWS == 0);
-    const bn_tiles tiles = bn_bitlinear_tiles(rows, out, in, backend->parallelism());
+    const bn_tiles tiles = bn_product_tiles(rows, out, in, backend->parallelism());
     const bitlinear_forward_args args = {.q = bn_i8(x->q) + first * stride,
                                          .act_scale = bn_f32(x->act_scale) + first,
                                          .row_sum = bn_i32(x->row_sum) + first,
@@ -94,47 +94,111 @@ bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, 
     return bn_launch_gemm(bn_backend_of(p->x), precision, args);
 }
 
-bn_status bn_projection_backward_x(const bn_projection *p, bn_precision precision, int64_t rows, const float *dy,
-                                   float *dx, bool accumulate) {
-    const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
-    gemm_args args = {.a = {.data = dy, .row_stride = out, .col_stride = 1, .dtype = BN_F32},
-                      .b = {.data = bn_f32(p->weight), .row_stride = in, .col_stride = 1, .dtype = BN_F32},
-                      .c = dx,
-                      .m = rows,
-                      .n = in,
-                      .k = out,
-                      .ldc = in,
-                      .accumulate = accumulate};
-    if (p->ternary) {
-        args.a.scale = bn_f32(p->weight->ternary->scale);
-        args.b.data = bn_data(p->weight->ternary->codes);
-        args.b.dtype = BN_I8;
-    }
-    return bn_launch_gemm(bn_backend_of(p->x), precision, args);
+/* Rows of a matrix as the second factor of a product, the summed index running down them: f32, or int8 in tiles. */
+static gemm_operand rows_of(const bn_tensor *matrix, int64_t first_row) {
+    const int64_t cols = bn_last_dim(matrix);
+    return (gemm_operand){
+        .data = bn_f32(matrix) + first_row * cols, .row_stride = cols, .col_stride = 1, .dtype = BN_F32};
+}
+static gemm_operand quantized_rows_of(const bn_tensor *q, int64_t first_row) {
+    const int64_t stride = q->shape[1];
+    return (gemm_operand){.data = bn_i8(q) + first_row * stride,
+                          .row_stride = BN_QUANT_ROWS * stride,
+                          .col_stride = BN_QUANT_TILE,
+                          .dtype = BN_I8,
+                          .tiled = true};
 }
 
-bn_status bn_projection_backward_weight(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
-                                        const float *dy, float *dw, bool accumulate) {
-    const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
-    gemm_args args = {.a = {.data = dy, .row_stride = 1, .col_stride = out, .dtype = BN_F32},
-                      .b = {.data = bn_f32(p->x) + first * in, .row_stride = in, .col_stride = 1, .dtype = BN_F32},
-                      .c = dw,
-                      .m = out,
-                      .n = in,
-                      .k = rows,
-                      .ldc = in,
-                      .accumulate = accumulate};
-    if (p->ternary) {
-        const bn_quantized *x = p->x->quantized;
-        args.b = (gemm_operand){.data = bn_i8(x->q) + first * x->q->shape[1],
-                                .row_stride = x->q->shape[1],
-                                .col_stride = 1,
-                                .dtype = BN_I8,
-                                .tiled = true};
-        /* Before a rounding to bf16 the scale goes to dy, which is rounded anyway: int8 alone survives it unchanged. */
-        (precision == BN_FAST ? &args.a : &args.b)->depth_scale = bn_f32(x->act_scale) + first;
+static gemm_operand codes_of(const bn_tensor *codes) {
+    return (gemm_operand){.data = bn_i8(codes),
+                          .row_stride = BN_QUANT_TILE,
+                          .col_stride = codes->shape[0] * BN_QUANT_PAD,
+                          .dtype = BN_I8,
+                          .tiled = true};
+}
+
+/* The products of a backward pass: dx = dy W and dw = dy^T x. */
+static gemm_args product_x(const bn_projection *p, int64_t rows, gemm_operand dy, bn_grad_memory dx) {
+    const int64_t in = bn_projection_in(p);
+    return (gemm_args){.a = dy,
+                       .b = p->ternary ? codes_of(p->weight->ternary->codes) : rows_of(p->weight, 0),
+                       .c = dx.memory,
+                       .m = rows,
+                       .n = in,
+                       .k = bn_projection_out(p),
+                       .ldc = in,
+                       .accumulate = dx.accumulate};
+}
+
+static gemm_args product_weight(const bn_projection *p, int64_t first, int64_t rows, gemm_operand dy,
+                                bn_grad_memory dw) {
+    const int64_t in = bn_projection_in(p);
+    return (gemm_args){.a = dy,
+                       .b = p->ternary ? quantized_rows_of(p->x->quantized->q, first) : rows_of(p->x, first),
+                       .c = dw.memory,
+                       .m = bn_projection_out(p),
+                       .n = in,
+                       .k = rows,
+                       .ldc = in,
+                       .accumulate = dw.accumulate};
+}
+
+static bn_status exact_backward(const bn_projection *p, int64_t first, int64_t rows, const float *dy, bn_grad_memory dx,
+                                bn_grad_memory dw) {
+    const int64_t out = bn_projection_out(p);
+    const bn_backend *backend = bn_backend_of(p->x);
+    if (dw.memory != NULL) {
+        const gemm_operand columns = {.data = dy, .row_stride = 1, .col_stride = out, .dtype = BN_F32};
+        gemm_args args = product_weight(p, first, rows, columns, dw);
+        args.b.depth_scale = p->ternary ? bn_f32(p->x->quantized->act_scale) + first : NULL;
+        BN_TRY(bn_launch_gemm(backend, BN_EXACT, args));
     }
-    return bn_launch_gemm(bn_backend_of(p->x), precision, args);
+    if (dx.memory == NULL) {
+        return BN_OK;
+    }
+    const gemm_operand lines = {.data = dy,
+                                .scale = p->ternary ? bn_f32(p->weight->ternary->scale) : NULL,
+                                .row_stride = out,
+                                .col_stride = 1,
+                                .dtype = BN_F32};
+    return bn_launch_gemm(backend, BN_EXACT, product_x(p, rows, lines, dx));
+}
+
+/* dy is rounded to bf16 and brought into panels once for both products, each with the scale of its ternary partner:
+ * int8 and codes alone survive the rounding unchanged. */
+static bn_status fast_backward(const bn_projection *p, int64_t first, int64_t rows, const float *dy, bn_grad_memory dx,
+                               bn_grad_memory dw) {
+    const int64_t out = bn_projection_out(p), bytes_x = dx.memory == NULL ? 0 : bn_panels_bytes(rows, out);
+    const bn_backend *backend = bn_backend_of(p->x);
+    bn_storage *panels;
+    BN_TRY(bn_storage_new(backend, (size_t)(bytes_x + (dw.memory == NULL ? 0 : bn_panels_bytes(out, rows))), &panels));
+    char *memory = panels->data;
+    const gemm_operand by_rows = {.data = memory, .in_panels = true};
+    const gemm_operand by_cols = {.data = memory + bytes_x, .in_panels = true};
+    const pack_panels_args args = {.data = dy,
+                                   .rows = rows,
+                                   .cols = out,
+                                   .by_rows = {dx.memory == NULL ? NULL : memory, true},
+                                   .by_cols = {dw.memory == NULL ? NULL : memory + bytes_x, true},
+                                   .scale = p->ternary ? bn_f32(p->weight->ternary->scale) : NULL,
+                                   .row_scale = p->ternary ? bn_f32(p->x->quantized->act_scale) + first : NULL};
+    bn_status status = bn_run_pack_panels(backend, &args, bn_pack_units(rows, out), 4);
+    if (status == BN_OK && dw.memory != NULL) {
+        status = bn_launch_gemm(backend, BN_FAST, product_weight(p, first, rows, by_cols, dw));
+    }
+    if (status == BN_OK && dx.memory != NULL) {
+        status = bn_launch_gemm(backend, BN_FAST, product_x(p, rows, by_rows, dx));
+    }
+    bn_storage_release(panels);
+    return status;
+}
+
+bn_status bn_projection_backward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
+                                 const float *dy, bn_grad_memory dx, bn_grad_memory dw) {
+    if (dx.memory == NULL && dw.memory == NULL) {
+        return BN_OK;
+    }
+    return (precision == BN_FAST ? fast_backward : exact_backward)(p, first, rows, dy, dx, dw);
 }
 
 bn_projection_versions bn_projection_versions_now(const bn_projection *p) {

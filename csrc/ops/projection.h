@@ -13,6 +13,12 @@ typedef struct bn_projection {
     bool ternary;
 } bn_projection;
 
+/* Where a gradient goes; memory NULL: nowhere. */
+typedef struct bn_grad_memory {
+    float *memory;
+    bool accumulate;
+} bn_grad_memory;
+
 static inline int64_t bn_projection_rows(const bn_projection *p) { return bn_row_count(p->x); }
 static inline int64_t bn_projection_in(const bn_projection *p) { return p->weight->shape[1]; }
 static inline int64_t bn_projection_out(const bn_projection *p) { return p->weight->shape[0]; }
@@ -26,12 +32,10 @@ BN_CHECKED bn_status bn_projection_prepare(const bn_projection *p);
  * BN_QUANT_ROWS. A ternary product is exact in either precision. */
 BN_CHECKED bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
                                            const float *residual, float *y);
-/* dx (rows, in) (+)= dy W, with W as the forward pass used it. dx belongs to rows first.. of x. */
-BN_CHECKED bn_status bn_projection_backward_x(const bn_projection *p, bn_precision precision, int64_t rows,
-                                              const float *dy, float *dx, bool accumulate);
-/* dW (out, in) (+)= dy^T x[first : first + rows], with x as the forward pass used it. */
-BN_CHECKED bn_status bn_projection_backward_weight(const bn_projection *p, bn_precision precision, int64_t first,
-                                                   int64_t rows, const float *dy, float *dw, bool accumulate);
+/* dx (rows, in) (+)= dy W and dW (out, in) (+)= dy^T x[first : first + rows], with W and x as the forward pass used
+ * them. dx belongs to rows first.. of x. dW is written first, should both be the same memory. */
+BN_CHECKED bn_status bn_projection_backward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
+                                            const float *dy, bn_grad_memory dx, bn_grad_memory dw);
 
 /* What the forward pass quantized, to refuse a backward pass over something else. */
 typedef struct bn_projection_versions {

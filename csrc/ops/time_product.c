@@ -20,11 +20,12 @@ static bn_status random_matrix(int64_t rows, int64_t cols, uint64_t stream, bn_t
 static bn_status run(bn_product product, const bn_projection *p, const float *dy, float *result) {
     const int64_t rows = bn_projection_rows(p);
     const bn_precision precision = bn_get_precision();
+    const bn_grad_memory nowhere = {NULL, false};
     switch (product) {
     case BN_PRODUCT_DX:
-        return bn_projection_backward_x(p, precision, rows, dy, result, false);
+        return bn_projection_backward(p, precision, 0, rows, dy, (bn_grad_memory){result, false}, nowhere);
     case BN_PRODUCT_DW:
-        return bn_projection_backward_weight(p, precision, 0, rows, dy, result, false);
+        return bn_projection_backward(p, precision, 0, rows, dy, nowhere, (bn_grad_memory){result, false});
     default:
         return bn_projection_forward(p, precision, 0, rows, NULL, result);
     }

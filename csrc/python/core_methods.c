@@ -151,16 +151,7 @@ static PyObject *ternary_codes(PyObject *module, PyObject *object) {
         return NULL;
     }
     bn_status status;
-    BN_WITHOUT_GIL(status, bn_ternary_refresh(t));
-    if (status == BN_OK) {
-        status = bn_tensor_new(bn_backend_of(t), BN_I8, 2, t->shape, &copy);
-    }
-    if (status == BN_OK) {
-        status = bn_tensor_copy(copy, t->ternary->codes);
-        if (status != BN_OK) {
-            bn_tensor_release(copy);
-        }
-    }
+    BN_WITHOUT_GIL(status, bn_ternary_codes(t, &copy));
     return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
 }
 

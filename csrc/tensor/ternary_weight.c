@@ -2,6 +2,7 @@
 #include "tensor/ternary_weight.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "quant/ternary.h"
 
@@ -20,10 +21,10 @@ void bn_ternary_free(bn_ternary *ternary) {
 static bn_status make(const bn_tensor *weight, bn_ternary *t) {
     const bn_backend *backend = bn_backend_of(weight);
     const int64_t rows = weight->shape[0], cols = weight->shape[1];
-    const int64_t panels[] = {bn_round_up(rows, BN_PANEL_ROWS), bn_round_up(cols, BN_QUANT_PAD)};
+    const int64_t padded[] = {bn_round_up(rows, BN_PANEL_ROWS), bn_round_up(cols, BN_QUANT_PAD)};
     const int64_t one[] = {1}, tally[] = {rows, 4};
-    BN_TRY(bn_tensor_new(backend, BN_I8, 2, weight->shape, &t->codes));
-    BN_TRY(bn_tensor_new(backend, BN_I8, 2, panels, &t->panels));
+    BN_TRY(bn_tensor_new(backend, BN_I8, 2, padded, &t->codes));
+    BN_TRY(bn_tensor_new(backend, BN_I8, 2, padded, &t->panels));
     BN_TRY(bn_tensor_new(backend, BN_F32, 1, one, &t->scale));
     BN_TRY(bn_tensor_new(backend, BN_I32, 2, tally, &t->tally));
     BN_TRY(bn_storage_new(backend, (size_t)bn_ceil_div(weight->count, BN_BLOCK) * sizeof(double), &t->partial));
@@ -73,6 +74,28 @@ bn_status bn_ternary_refresh(bn_tensor *weight) {
     weight->ternary->version = version;
     weight->ternary->refreshes++;
     return BN_OK;
+}
+
+bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
+    BN_TRY(bn_ternary_refresh(weight));
+    const bn_tensor *tiles = weight->ternary->codes;
+    const int64_t rows = weight->shape[0], cols = weight->shape[1], padded = tiles->shape[0];
+    int8_t *host = malloc(bn_tensor_bytes(tiles) + 1);
+    if (host == NULL) {
+        return bn_fail(BN_ERR_MEMORY, "out of memory for %lld codes", (long long)tiles->count);
+    }
+    bn_status status = bn_backend_of(weight)->download(host, bn_data(tiles), bn_tensor_bytes(tiles));
+    if (status == BN_OK) {
+        status = bn_tensor_new(bn_cpu_backend(), BN_I8, 2, weight->shape, out);
+    }
+    for (int64_t r = 0; status == BN_OK && r < rows; r++) {
+        for (int64_t c = 0; c < cols; c += BN_QUANT_PAD) {
+            memcpy(bn_i8(*out) + r * cols + c, host + bn_code_at(r, c, padded),
+                   (size_t)bn_min_i64(cols - c, BN_QUANT_PAD));
+        }
+    }
+    free(host);
+    return status;
 }
 
 bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out) {

@@ -9,7 +9,7 @@
 #include "tensor/tensor.h"
 
 struct bn_ternary {
-    bn_tensor *codes;    /* i8 (rows, cols) */
+    bn_tensor *codes;    /* i8 in tiles, rows and cols rounded up to whole ones: kernels.h, bn_code_at */
     bn_tensor *panels;   /* i8 (padded rows * padded cols): kernels.h, ternarize */
     bn_tensor *scale;    /* f32 (1) */
     bn_tensor *tally;    /* i32 (rows, 4): minus, zero, plus, flipped at the last refresh */
@@ -26,6 +26,8 @@ typedef struct bn_ternary_stats {
 
 /* weight: f32 (rows, cols). On return weight->ternary matches the weight's present values. */
 BN_CHECKED bn_status bn_ternary_refresh(bn_tensor *weight);
+/* Returns new: the codes row by row, i8 (rows, cols), in host memory. */
+BN_CHECKED bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out);
 BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);
 /* Accepts NULL. */
 void bn_ternary_free(bn_ternary *ternary);

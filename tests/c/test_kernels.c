@@ -278,6 +278,16 @@ static gemm_operand operand(int64_t rows, int64_t cols, bool by_rows, bool is_i8
                           .dtype = is_i8 ? BN_I8 : BN_F32};
 }
 
+/* Activations or codes as they lie in tiles. */
+static gemm_operand in_tiles(int64_t rows, int64_t cols, bool codes) {
+    const int64_t down = bn_round_up(rows, BN_QUANT_ROWS), across = bn_round_up(cols, BN_QUANT_PAD);
+    return (gemm_operand){.data = codes ? small(down * across, -1, 3) : small(down * across, -128, 256),
+                          .row_stride = codes ? BN_QUANT_TILE : BN_QUANT_ROWS * across,
+                          .col_stride = codes ? down * BN_QUANT_PAD : BN_QUANT_TILE,
+                          .dtype = BN_I8,
+                          .tiled = true};
+}
+
 static void test_gemm(void) {
     static const int64_t shapes[][5] = {/* m, n, k, tile_m, tile_n */
                                         {1, 1, 1, 16, 16},   {1, 70, 33, 8, 32},    {13, 17, 0, 16, 16},
@@ -290,42 +300,49 @@ static void test_gemm(void) {
                    .b = operand(k, n, b_rows, is_i8, 0), .c = result(m * (n + 5)), .m = m, .n = n, .k = k, .ldc = n + 5,
                    .tile_m = tm, .tile_n = tn, .accumulate = accumulate);
         }
+        FOR_EACH(codes, 0, 1) {
+            LAUNCH(gemm, bn_ceil_div(m, tm) * bn_ceil_div(n, tn), .a = operand(m, k, false, false, 0),
+                   .b = in_tiles(k, n, codes), .c = result(m * n), .m = m, .n = n, .k = k, .ldc = n, .tile_m = tm,
+                   .tile_n = tn);
+        }
         LAUNCH(gemm, 1, .a = operand(m, k, true, true, k), .b = operand(k, n, true, true, k), .c = result(m * n),
                .m = m, .n = n, .k = k, .ldc = n, .tile_m = m, .tile_n = n);
     }
 }
 
+/* A factor of lanes x depth in panels; NaNs where nothing is written. */
+static void *panels(int64_t lanes, int64_t depth, bool along, bool left, bool scaled, bool is_output) {
+    const size_t bytes = size_of(bn_panels_bytes(lanes, depth), 1);
+    void *out = is_output ? register_output(bytes, false) : take(bytes, 0xFF);
+    const int64_t rows = along ? lanes : depth, cols = along ? depth : lanes;
+    LAUNCH(pack_panels, bn_pack_units(rows, cols), reals(rows * cols), rows, cols, {along ? out : NULL, left},
+           {along ? NULL : out, left}, scaled ? positive(1) : NULL, scaled ? positive(rows) : NULL);
+    return out;
+}
+
 static void test_gemm_bf16(void) {
     FOR_EACH(m, 1, 16, 45) FOR_EACH(n, 1, 33, 64) FOR_EACH(k, 0, 1, 31, 100) {
-        FOR_EACH(kind, 0, 1, 2, 3) {
-            const bool by_rows = kind & 1, accumulate = kind & 2;
-            LAUNCH(gemm_bf16, bn_ceil_div(m, 32) * bn_ceil_div(n, 32), .a = operand(m, k, by_rows, false, 0),
+        FOR_EACH(kind, 0, 1, 2, 3, 4, 5) {
+            const bool by_rows = kind & 1, accumulate = kind & 2, in_panels = kind & 4;
+            const gemm_operand left = {.data = panels(m, k, by_rows, true, false, false), .in_panels = true};
+            LAUNCH(gemm_bf16, bn_ceil_div(m, 32) * bn_ceil_div(n, 32),
+                   .a = in_panels ? left : operand(m, k, by_rows, false, 0),
                    .b = operand(k, n, by_rows, !accumulate, k), .c = result(m * (n + 5)), .m = m, .n = n, .k = k,
                    .ldc = n + 5, .tile_m = 32, .tile_n = 32, .accumulate = accumulate);
         }
     }
 }
 
-/* A factor of lanes x depth in panels; NaNs where nothing is written. */
-static void *panels(int64_t lanes, int64_t depth, bool along, bool left, bool is_output) {
-    const size_t bytes = size_of(bn_panels_bytes(lanes, depth), 1);
-    void *out = is_output ? register_output(bytes, false) : take(bytes, 0xFF);
-    const int64_t line = (along ? depth : lanes) + 3;
-    LAUNCH(pack_panels, bn_ceil_div(lanes, BN_PACK_LANES) * bn_ceil_div(depth, BN_PACK_DEPTH),
-           reals(line * (along ? lanes : depth)), out, along ? line : 1, along ? 1 : line, lanes, depth, left);
-    return out;
-}
-
 static void test_pack_panels(void) {
-    FOR_EACH(lanes, 1, 16, 45) FOR_EACH(depth, 1, 31, 32, 300) FOR_EACH(kind, 0, 1, 2, 3) {
-        panels(lanes, depth, kind & 1, kind & 2, true);
+    FOR_EACH(lanes, 1, 16, 45) FOR_EACH(depth, 1, 31, 32, 300) FOR_EACH(kind, 0, 1, 2, 3, 4, 5, 6, 7) {
+        panels(lanes, depth, kind & 1, kind & 2, kind & 4, true);
     }
 }
 
 static void test_gemm_panels(void) {
     FOR_EACH(m, 1, 45) FOR_EACH(n, 1, 33, 64) FOR_EACH(k, 1, 31, 100, 1000) FOR_EACH(accumulate, 0, 1) {
-        LAUNCH(gemm_panels, bn_ceil_div(m, 32) * bn_ceil_div(n, 32), panels(m, k, true, true, false),
-               panels(n, k, true, false, false), result(m * (n + 5)), m, n, k, n + 5, 32, 32, accumulate != 0);
+        LAUNCH(gemm_panels, bn_ceil_div(m, 32) * bn_ceil_div(n, 32), panels(m, k, true, true, false, false),
+               panels(n, k, true, false, false, false), result(m * (n + 5)), m, n, k, n + 5, 32, 32, accumulate != 0);
     }
 }
 
@@ -333,7 +350,7 @@ static void test_ternarize(void) {
     FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
         const int64_t padded = bn_round_up(rows, BN_PANEL_ROWS) * bn_round_up(cols, BN_QUANT_PAD);
         LAUNCH(ternarize, bn_ceil_div(rows, BN_PANEL_ROWS), cols == 70 ? wild(rows * cols) : reals(rows * cols),
-               positive(1), result_bytes(rows * cols, 1, -1, 3), result_bytes(padded, 1, 0, 256),
+               positive(1), result_bytes(padded, 1, -1, 3), result_bytes(padded, 1, 0, 256),
                result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
     }
 }
@@ -500,8 +517,8 @@ static void test_cross_entropy(void) {
 /* Logits in [-20, 20), of the 3 V targets from V on: a third of the rows has its target here. */
 static head_part head(int64_t rows, int64_t V) {
     const int64_t C = 5;
-    return (head_part){panels(rows, C, true, true, false),
-                       panels(V, C, true, false, false),
+    return (head_part){panels(rows, C, true, true, false, false),
+                       panels(V, C, true, false, false, false),
                        targets_with_gaps(rows, 3 * V),
                        rows,
                        V,

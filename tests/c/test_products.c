@@ -210,7 +210,7 @@ static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
     g.b.depth_scale = variant & DEPTH_SCALE ? depth : NULL;
     g.a.depth_scale = variant & A_TRANSPOSED ? g.b.depth_scale : NULL;
     expect(gemm_oracle(&g, before, expected), "distance from the double sum", "oracle", m, n, k, variant);
-    const bn_tiles chosen = bn_gemm_tiles(m, n, k, 3);
+    const bn_tiles chosen = bn_product_tiles(m, n, k, 3);
     const int64_t tiles[][2] = {{m + 1, n + 1}, {5, 7}, {16, 33}, {chosen.tile_m, chosen.tile_n}};
     for (int t = 0; t < table_count; t++) {
         for (int s = 0; tables[t]->gemm != NULL && s < 4; s++) {
@@ -241,6 +241,55 @@ static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
     }
 }
 
+/* Rows of int8 that lie in tiles, as activations and as codes, give the bits of rows that lie one after the other. */
+static void test_tiled_rows(int64_t m, int64_t n, int64_t k) {
+    const int64_t down = bn_round_up(k, BN_QUANT_ROWS), across = bn_round_up(n, BN_QUANT_PAD), bytes = m * n * 4;
+    float *a = fenced(m * k * 4), *c = fenced(bytes), *expected = fenced(bytes);
+    int8_t *plain = fenced(k * n), *tiles = fenced(down * across);
+    for (int64_t i = 0; i < m * k; i++) {
+        a[i] = random_float();
+    }
+    for (int64_t i = 0; i < k * n; i++) {
+        plain[i] = (int8_t)(random_bits() % 256);
+    }
+    gemm_args g = {.a = {.data = a, .row_stride = k, .col_stride = 1, .dtype = BN_F32},
+                   .c = c,
+                   .m = m,
+                   .n = n,
+                   .k = k,
+                   .ldc = n,
+                   .tile_m = m,
+                   .tile_n = n};
+    for (int codes = 0; codes < 2; codes++) {
+        const int64_t row = codes ? BN_QUANT_TILE : BN_QUANT_ROWS * across;
+        const int64_t col = codes ? down * BN_QUANT_PAD : BN_QUANT_TILE;
+        for (int64_t i = 0; i < k * n; i++) {
+            tiles[codes ? bn_code_at(i / n, i % n, down) : bn_quantized_at(i / n, i % n, across)] = plain[i];
+        }
+        for (int t = 0; t < table_count; t++) {
+            void (*const kernels[])(const gemm_args *, int64_t, int64_t, void *) = {tables[t]->gemm,
+                                                                                    tables[t]->gemm_bf16};
+            for (int fast = 0; fast < 2; fast++) {
+                if (kernels[fast] == NULL) {
+                    continue;
+                }
+                g.b = (gemm_operand){.data = plain, .row_stride = n, .col_stride = 1, .dtype = BN_I8};
+                kernels[fast](&g, 0, 1, scratch);
+                memcpy(expected, c, (size_t)bytes);
+                g.b =
+                    (gemm_operand){.data = tiles, .row_stride = row, .col_stride = col, .dtype = BN_I8, .tiled = true};
+                kernels[fast](&g, 0, 1, scratch);
+                expect(memcmp(c, expected, (size_t)bytes) == 0, fast ? "gemm_bf16 of tiles" : "gemm of tiles",
+                       tables[t]->isa, m, n, k, codes);
+            }
+        }
+    }
+    void *all[] = {a, c, expected, plain, tiles};
+    for (int i = 0; i < 5; i++) {
+        release(all[i]);
+    }
+}
+
 static void test_gemm(void) {
     for (int variant = 0; variant < VARIANTS; variant++) {
         test_gemm_shape(13, 35, 37, variant);
@@ -265,18 +314,23 @@ static void test_gemm(void) {
     test_gemm_shape(25, 40, 700, A_TRANSPOSED | B_I8 | DEPTH_SCALE);
     test_gemm_shape(1100, 17, 19, A_I8 | SCALE); /* more rows than one scratch holds */
     done("gemm: several blocks of depth and of rows");
+    test_tiled_rows(3, 1, 1);
+    test_tiled_rows(17, 70, 45);
+    test_tiled_rows(20, 130, 700);
+    done("gemm: int8 rows in tiles");
 }
 
 /* ---- products of panels ------------------------------------------------------------------------------------------ */
 
-static void *packed(const bn_kernel_table *table, const float *data, int64_t lane_stride, int64_t p_stride,
-                    int64_t lanes, int64_t depth, bool left) {
-    const pack_panels_args args = {data, fenced(bn_panels_bytes(lanes, depth)), lane_stride, p_stride, lanes, depth,
-                                   left};
-    EACH_UNIT_BACKWARDS(table->pack_panels, &args,
-                        bn_ceil_div(lanes, BN_PACK_LANES) * bn_ceil_div(depth, BN_PACK_DEPTH))
-    expect(intact(args.panels, bn_panels_bytes(lanes, depth)), "pack_panels", table->isa, lanes, 0, depth, left);
-    return args.panels;
+static void *packed(const bn_kernel_table *table, const float *data, bool along, int64_t lanes, int64_t depth,
+                    bool left) {
+    const int64_t rows = along ? lanes : depth, cols = along ? depth : lanes;
+    const bn_panels panels = {fenced(bn_panels_bytes(lanes, depth)), left}, none = {NULL, false};
+    const pack_panels_args args = {
+        .data = data, .rows = rows, .cols = cols, .by_rows = along ? panels : none, .by_cols = along ? none : panels};
+    EACH_UNIT_BACKWARDS(table->pack_panels, &args, bn_pack_units(rows, cols))
+    expect(intact(panels.memory, bn_panels_bytes(lanes, depth)), "pack_panels", table->isa, lanes, 0, depth, left);
+    return panels.memory;
 }
 
 static float *random_floats(int64_t count) {
@@ -289,7 +343,7 @@ static float *random_floats(int64_t count) {
 
 /* c (+)= left right^T of panels, in tiles as the ops cut it. */
 static void multiply_panels(const bn_kernel_table *table, gemm_panels_args args) {
-    const bn_tiles tiles = bn_panels_tiles(args.m, args.n, args.k, 3);
+    const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, 3);
     args.tile_m = tiles.tile_m;
     args.tile_n = tiles.tile_n;
     EACH_UNIT_BACKWARDS(table->gemm_panels, &args, tiles.units)
@@ -303,7 +357,7 @@ static void test_panels_shape(int64_t m, int64_t n, int64_t k, bool accumulate) 
         for (int layout = 0; tables[t]->gemm_panels != NULL && layout < 4; layout++) {
             const int64_t ar = layout & 1 ? 1 : k, ap = layout & 1 ? m : 1, bc = layout & 2 ? 1 : k,
                           bp = layout & 2 ? n : 1;
-            void *left = packed(tables[t], a, ar, ap, m, k, true), *right = packed(tables[t], b, bc, bp, n, k, false);
+            void *left = packed(tables[t], a, ap == 1, m, k, true), *right = packed(tables[t], b, bp == 1, n, k, false);
             for (int64_t i = 0; i < m * n; i++) {
                 expected[i] = c[i] = (float)i;
             }
@@ -373,10 +427,10 @@ static void test_head_shape(int64_t rows, int64_t V, int64_t C) {
             continue;
         }
         head_part part = {.targets = targets, .rows = rows, .V = V, .C = C};
-        void *left = packed(table, x, C, 1, rows, C, true), *right = packed(table, w, C, 1, V, C, false);
+        void *left = packed(table, x, true, rows, C, true), *right = packed(table, w, true, V, C, false);
         void *by_rows = fenced(bn_panels_bytes(rows, V)), *by_lanes = fenced(bn_panels_bytes(V, rows));
-        void *one = packed(table, identity, V, 1, V, V, false);
-        void *ones = packed(table, rows_identity, rows, 1, rows, rows, false);
+        void *one = packed(table, identity, true, V, V, false);
+        void *ones = packed(table, rows_identity, true, rows, rows, false);
         part.x = left;
         part.w = right;
         const head_statistics_args statistics = {part, max, sum, at_target, rows};
@@ -440,21 +494,23 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
     const int64_t padded = bn_round_up(cols, BN_QUANT_PAD), count = rows * cols;
     const int64_t groups = bn_ceil_div(rows, BN_PANEL_ROWS), panel_bytes = groups * BN_PANEL_ROWS * padded;
     float *w = fenced(count * 4);
-    int8_t *old = fenced(count), *codes = fenced(count);
+    int8_t *old = fenced(panel_bytes), *codes = fenced(panel_bytes);
     uint8_t *panels = fenced(panel_bytes);
     int32_t *tally = fenced(rows * 16);
     for (int64_t i = 0; i < count; i++) {
         static const float edges[] = {0.25f, -0.25f, 0.75f, 1e30f, -INFINITY, NAN, 0.0f, -0.0f};
         w[i] = random_bits() % 4 ? random_float() : edges[random_bits() % 8];
+    }
+    for (int64_t i = 0; i < panel_bytes; i++) {
         old[i] = (int8_t)(random_bits() % 3) - 1;
     }
     const float scales[] = {0.5f, 0.3f, 1e-5f, NAN};
     for (int s = 0; s < 4; s++) {
         for (int t = 0; t < table_count && tables[t]->ternarize != NULL; t++) {
-            memcpy(codes, old, (size_t)count);
+            memcpy(codes, old, (size_t)panel_bytes);
             const ternarize_args a = {w, &scales[s], codes, panels, tally, rows, cols};
             EACH_UNIT_BACKWARDS(tables[t]->ternarize, &a, groups)
-            bool ok = intact(codes, count) && intact(panels, panel_bytes) && intact(tally, rows * 16);
+            bool ok = intact(codes, panel_bytes) && intact(panels, panel_bytes) && intact(tally, rows * 16);
             for (int64_t r = 0; r < groups * BN_PANEL_ROWS; r++) {
                 int32_t counts[4] = {0};
                 for (int64_t c = 0; c < padded; c++) {
@@ -462,10 +518,11 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
                     const int8_t code = real ? bn_ternary_code(w[r * cols + c], scales[s]) : 0;
                     const uint8_t byte = panels[((r / 16 * (padded / 4) + c / 4) * 16 + r % 16) * 4 + c % 4];
                     ok = ok && byte == (real ? code + 1 : 0);
+                    const int64_t at = bn_code_at(r, c, groups * BN_PANEL_ROWS);
+                    ok = ok && codes[at] == (real ? code : old[at]);
                     if (real) {
-                        ok = ok && codes[r * cols + c] == code;
                         counts[code + 1]++;
-                        counts[3] += code != old[r * cols + c];
+                        counts[3] += code != old[at];
                     }
                 }
                 ok = ok && (r >= rows || memcmp(counts, tally + 4 * r, 16) == 0);
@@ -547,7 +604,8 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     const int64_t padded = bn_round_up(k, BN_QUANT_PAD), stride = padded + spare, bytes = m * n * 4;
     float *x = fenced(m * k * 4), *w = fenced(n * k * 4), *act_scale = fenced(m * 4), *y = fenced(bytes);
     float *expected = fenced(bytes);
-    int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride), *codes = fenced(n * k);
+    int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride),
+           *codes = fenced(bn_round_up(n, BN_PANEL_ROWS) * bn_round_up(k, BN_QUANT_PAD));
     uint8_t *panels = fenced(bn_round_up(n, BN_PANEL_ROWS) * padded);
     int32_t *row_sum = fenced(m * 4), *tally = fenced(n * 16);
     for (int64_t i = 0; i < m * k; i++) {
@@ -568,12 +626,12 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
         for (int64_t j = 0; j < n; j++) {
             int64_t sum = 0;
             for (int64_t p = 0; p < k; p++) {
-                sum += q[bn_quantized_at(i, p, stride)] * codes[j * k + p];
+                sum += q[bn_quantized_at(i, p, stride)] * codes[bn_code_at(j, p, bn_round_up(n, BN_PANEL_ROWS))];
             }
             expected[i * n + j] = (float)sum * (act_scale[i] * scale);
         }
     }
-    const bn_tiles chosen = bn_bitlinear_tiles(m, n, k, 3);
+    const bn_tiles chosen = bn_product_tiles(m, n, k, 3);
     const int64_t tiles[][2] = {
         {bn_round_up(m + 1, 16), bn_round_up(n + 1, 16)}, {16, 16}, {32, 64}, {chosen.tile_m, chosen.tile_n}};
     for (int t = 0; t < table_count; t++) {
@@ -616,17 +674,14 @@ static void test_tiles(void) {
     for (int i = 0; i < 9 * 9 * 9; i++) {
         const int64_t m = sizes[i / 81], n = sizes[i / 9 % 9], k = sizes[i % 9];
         for (int workers = 1; workers <= 64; workers *= 4) {
-            const bn_tiles pair[] = {bn_gemm_tiles(m, n, k, workers), bn_bitlinear_tiles(m, n, k, workers)};
-            for (int which = 0; which < 2; which++) {
-                const bn_tiles t = pair[which];
-                bool ok = t.tile_m > 0 && t.tile_n > 0 && t.tile_n % BN_PANEL_ROWS == 0 &&
-                          t.tile_m % BN_QUANT_ROWS == 0 && t.grain >= 1;
-                ok = ok && t.units == bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
-                const int64_t smallest = bn_ceil_div(m, BN_TILE_ROWS) * bn_ceil_div(n, BN_TILE_COLUMNS);
-                const int64_t plenty = bn_min_i64(smallest / 4, 2 * workers);
-                ok = ok && (workers == 1 || m * n * k / workers < 100000000 || t.units >= plenty);
-                expect(ok, "tiles", which == 0 ? "gemm" : "bitlinear", m, n, k, workers);
-            }
+            const bn_tiles t = bn_product_tiles(m, n, k, workers);
+            bool ok = t.tile_m > 0 && t.tile_n > 0 && t.tile_n % BN_PANEL_ROWS == 0 && t.tile_m % BN_QUANT_ROWS == 0 &&
+                      t.grain >= 1;
+            ok = ok && t.units == bn_ceil_div(m, t.tile_m) * bn_ceil_div(n, t.tile_n);
+            const int64_t smallest = bn_ceil_div(m, BN_TILE_ROWS) * bn_ceil_div(n, BN_TILE_COLUMNS);
+            const int64_t plenty = bn_min_i64(smallest / 4, 2 * workers);
+            ok = ok && (workers == 1 || m * n * k / workers < 100000000 || t.units >= plenty);
+            expect(ok, "tiles", "product", m, n, k, workers);
         }
     }
     done("tiles: legal, and enough for every worker");
