@@ -91,8 +91,24 @@ class BuildCore(build_ext):
     def compile_cuda(self, source: str) -> str:
         target = Path(self.build_temp, source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([NVCC, "-O3", "-std=c++17", "-arch=all-major", "--fmad=false", "-Xcompiler",
-                        "-fPIC,-fvisibility=hidden", "-I", "csrc", "-c", source, "-o", str(target)], check=True)
+        subprocess.run(
+            [
+                NVCC,
+                "-O3",
+                "-std=c++17",
+                "-arch=all-major",
+                "--fmad=false",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+                "-I",
+                "csrc",
+                "-c",
+                source,
+                "-o",
+                str(target),
+            ],
+            check=True,
+        )
         return str(target)
 
 
@@ -103,8 +119,14 @@ def core() -> Extension:
         link_flags += [f"-L{Path(NVCC).resolve().parents[1] / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lstdc++"]
     else:
         sources = [*SOURCES, "csrc/cuda/absent.c"]
-    return Extension("bitnet._core", sources, include_dirs=["csrc"], depends=[*HEADERS, *CUDA_SOURCES],
-                     extra_compile_args=compile_flags, extra_link_args=link_flags)
+    return Extension(
+        "bitnet._core",
+        sources,
+        include_dirs=["csrc"],
+        depends=[*HEADERS, *CUDA_SOURCES],
+        extra_compile_args=compile_flags,
+        extra_link_args=link_flags,
+    )
 
 
 setup(ext_modules=[core()], cmdclass={"build_ext": BuildCore})

@@ -5,8 +5,9 @@
 The products of a linear map over m tokens, (m, in) to (m, out): y = x W^T, dx = dy W, dw = dy^T x, in the shapes of the
 presets: their projections, ternary, and their output head, which is not. For 2b-4t also y of 1, 8 and 64 tokens, as in
 decoding, where memory is the limit and the column GB/s the one to read. Time is that of the product alone: operands are
-made and quantized before. The peak is that of the kind of multiply-add (csrc/cpu/peak.c: int8 for ternary y, otherwise
-bf16, or f32 with --precision fp32), measured between the products. The table shows medians over the rounds.
+made and quantized before. The peak is that of the kind of multiply-add (csrc/cpu/peak.c): int8 for ternary y, and dx
+with --precision int8; otherwise bf16, or f32 with --precision fp32. It is measured between the products. The table
+shows medians over the rounds.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Case(NamedTuple):
         return self.rows * self.inputs * self.outputs
 
     def kind(self, precision: str) -> str:
-        if self.ternary and self.product == "y":
+        if self.ternary and (self.product == "y" or (self.product, precision) == ("dx", "int8")):
             return "int8"
-        return "bf16" if precision == "fast" else "f32"
+        return "f32" if precision == "fp32" else "bf16"
 
     def bytes(self) -> int:
         """Of operands and result, each once: int8 x and codes where the product is ternary, f32 for the rest."""

@@ -6,7 +6,7 @@
 Each engine lives in a process of its own, so that its peak memory and its threads are its own, and only one of them
 runs at a time: they take turns in rounds of a few seconds, and the median over the rounds is reported, so that a
 machine that slows down slows all of them. bitnet replays a recorded step as its trainer does, with a fast backward pass
-and, as bitnet_fp32, an exact one. PyTorch runs the tests'
+and, as bitnet_int8 and bitnet_fp32, the two others. PyTorch runs the tests'
 independent BitNet (torch_models.py) at its best: fused attention and AdamW, and a malloc that is told to keep its
 memory, without which page faults take up to half of its time. An engine that cannot run is reported with its error.
 """
@@ -30,7 +30,7 @@ import history
 import machine
 import numpy as np
 
-OURS = {"bitnet": "fast", "bitnet_fp32": "fp32"}  # engine to the precision of its backward pass
+OURS = {"bitnet": "fast", "bitnet_int8": "int8", "bitnet_fp32": "fp32"}  # engine to the precision of its backward pass
 ENGINES = [*OURS, "torch_eager_fp32", "torch_compile_fp32", "torch_eager_bf16", "torch_compile_bf16"]
 BATCH = {"char": (16, 256), "nano": (4, 512), "125m": (4, 512)}  # batch size and length, by preset
 KEEP_MEMORY = {  # read by glibc as the process starts
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn (default 4)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="E", help=", ".join(ENGINES))
     parser.add_argument("--precision", nargs="+", choices=list(OURS.values()), default=list(OURS.values()),
-                        metavar="P", help="which engines of bitnet: fast, fp32 (default both)")  # fmt: skip
+                        metavar="P", help="which engines of bitnet: fast, int8, fp32 (default all)")  # fmt: skip
     history.add_arguments(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

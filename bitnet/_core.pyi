@@ -244,7 +244,6 @@ def open_segment() -> None:
 def close_segment() -> None:
     """Ends it, and gives back the memory of its intermediate results."""
 
-
 # ---- the machine ----
 
 def set_threads(count: int, /) -> None:

@@ -11,7 +11,7 @@ projections of all L layers, V x C the output head, and T (T + 1) / 2 pairs of q
 which is the paper's 6 N + 12 L H Q T FLOPs a token with N the weights that a token is multiplied by (no embedding, no
 norms) and, because a causal model needs no more, half of its attention. A product counts as the kind that it is
 multiplied in: forward, ternary products int8, full-precision projections and attention f32; the head and all that is
-backward bf16, or f32 if precision is fp32.
+backward bf16, or f32 if precision is fp32; with precision int8, dx of ternary products int8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bitnet import _core
 from bitnet.config import BitNetConfig
 
 KINDS = ("int8", "bf16", "f32")
-PRECISIONS = ("fast", "fp32")
+PRECISIONS = ("fast", "int8", "fp32")
 
 
 class Peak(NamedTuple):
@@ -45,7 +45,7 @@ def describe(peaks: dict[str, Peak]) -> str:
 def training_macs(config: BitNetConfig, batch_size: int, seq_len: int, precision: str = "fast") -> dict[str, int]:
     """Multiply-adds by kind of one forward and backward pass over batch_size rows of seq_len tokens.
 
-    precision: of the backward pass, fast (bf16) or fp32.
+    precision: of the backward pass, one of PRECISIONS.
     """
     c, tokens = config, batch_size * seq_len
     kv = c.kv_heads * c.head_dim
@@ -53,12 +53,15 @@ def training_macs(config: BitNetConfig, batch_size: int, seq_len: int, precision
     projections = tokens * c.num_hidden_layers * layer
     head = tokens * c.vocab_size * c.hidden_size
     attention = batch_size * c.num_hidden_layers * c.hidden_size * (seq_len * (seq_len + 1) // 2)  # one product
-    rest = "bf16" if precision == "fast" else "f32"
+    rest = "f32" if precision == "fp32" else "bf16"
+    dx = "int8" if precision == "int8" else rest  # of a ternary product
     macs = dict.fromkeys(KINDS, 0)
     macs["int8" if c.linear == "bitlinear" else "f32"] += projections
     macs["int8" if c.quantize_head else rest] += head
     macs["f32"] += 2 * attention
-    macs[rest] += 2 * projections + 2 * head + 4 * attention
+    macs[dx if c.linear == "bitlinear" else rest] += projections
+    macs[dx if c.quantize_head else rest] += head
+    macs[rest] += projections + head + 4 * attention
     return macs
 
 

@@ -33,13 +33,14 @@ def no_grad() -> Iterator[None]:
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """How what is recorded inside multiplies in its backward pass: "fp32" (the default) or "fast".
+    """How what is recorded inside multiplies in its backward pass: "fp32" (the default), "fast" or "int8".
 
     fp32: in f32, the same bits on every instruction set. fast: factors rounded to bf16, which int8 activations and
     ternary codes survive unchanged, so that the gradient of a BitLinear's output is all that is rounded; attention
     makes its scores again from rounded queries and keys; sums in f32; the same bits for any number of threads, but not
     on every instruction set. A cross_entropy that is differentiated makes its logits in the same precision. Every other
-    forward value is the same in both.
+    forward value is the same in both. int8: as fast, but a BitLinear's dx is an integer product like its y: each row of
+    dy is rounded to int8 with a scale of its own (SwitchBack, Wortsman et al. 2023, arXiv 2304.13013).
     """
     before = _core.get_precision()
     _core.set_precision(name)

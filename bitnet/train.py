@@ -1,7 +1,7 @@
 """Command line `bitnet train`: text to tokens, tokens to a model, in a run folder that can always be resumed.
 
-    RUN/train.yaml      every option as used        RUN/data/         the packed text (unless --data is a pack)
-    RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, samples.txt, plots/*.png
+RUN/train.yaml      every option as used        RUN/data/         the packed text (unless --data is a pack)
+RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, samples.txt, plots/*.png
 """
 
 from __future__ import annotations
@@ -269,6 +269,9 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
     return results[0]
 
 
+BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
+
+
 def _introduce(trainer: Trainer) -> None:
     c, model = trainer.config, trainer.model
     ternary = sum(layer.weight.size for _, layer in model.bitlinears())
@@ -280,7 +283,7 @@ def _introduce(trainer: Trainer) -> None:
         f"plan: {steps:,} steps of {c.tokens_per_step:,} tokens = {steps * c.tokens_per_step / 1e6:.2f} M tokens, "
         f"{trainer.loader.epoch(steps * c.grad_accum):.2f} epochs; {c.schedule}, lr {c.lr:g} to {c.min_lr:g}, "
         f"{c.warmup} steps of warm-up; evaluation every {c.eval_every}, checkpoint every {c.save_every}; "
-        f"backward in {'bf16' if c.precision == 'fast' else 'f32'}",
+        f"backward in {BACKWARD[c.precision]}",
         flush=True,
     )
 

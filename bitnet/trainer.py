@@ -60,7 +60,7 @@ class TrainerConfig:
     schedule: str = option("cosine", "cosine, or two-stage: linear decay, second half lower and without decay", True)
     weight_decay: float = option(0.1, "AdamW's, on matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
-    precision: str = option("fast", "products of the backward pass: fast (bf16, sums in f32) or fp32 (exact)")
+    precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
     moments: str = option("f32", "AdamW's moments: f32, or bf16 rounded at random: 4 bytes a parameter less")
     activation_checkpointing: bool = option(
         False, "keep only each block's input and make the rest again: less memory, up to a third more time", True

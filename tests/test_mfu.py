@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitnet import BitNetConfig, BitNetForCausalLM
-from bitnet.mfu import Peak, describe, measure_peaks, mfu, training_macs
+from bitnet.mfu import PRECISIONS, Peak, describe, measure_peaks, mfu, training_macs
 
 SMALL = BitNetConfig(50, 24, 40, 3, 6, 2, max_position_embeddings=64)
 
@@ -29,7 +29,7 @@ def test_by_hand(preset: str, batch_size: int, seq_len: int, by_hand: dict[str, 
 
 @pytest.mark.parametrize("linear", ["bitlinear", "linear"])
 @pytest.mark.parametrize("quantize_head", [False, True])
-@pytest.mark.parametrize("precision", ["fast", "fp32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_from_the_parameters_of_a_model(linear: str, quantize_head: bool, precision: str) -> None:
     config = SMALL.replace(linear=linear, quantize_head=quantize_head)
     matrices = {n: p.size for n, p in BitNetForCausalLM(config).named_parameters() if len(p.shape) == 2}
@@ -39,11 +39,14 @@ def test_from_the_parameters_of_a_model(linear: str, quantize_head: bool, precis
     pairs = sum(1 for query in range(length) for key in range(length) if key <= query)
     attention = rows * 3 * 6 * 4 * pairs  # layers, heads, channels of a head
     forward = {"head": head * rows * length, "projections": sum(matrices.values()) * rows * length}
-    low = "bf16" if precision == "fast" else "f32"
+    low = "f32" if precision == "fp32" else "bf16"
+    ternary_dx = "int8" if precision == "int8" else low
     expected = {"int8": 0, "bf16": 0, "f32": 2 * attention}
     expected["int8" if linear == "bitlinear" else "f32"] += forward["projections"]
     expected["int8" if quantize_head else low] += forward["head"]
-    expected[low] += 2 * sum(forward.values()) + 4 * attention
+    expected[ternary_dx if linear == "bitlinear" else low] += forward["projections"]
+    expected[ternary_dx if quantize_head else low] += forward["head"]
+    expected[low] += sum(forward.values()) + 4 * attention
     assert training_macs(config, rows, length, precision) == expected
 
 

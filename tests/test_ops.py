@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import adamw, attention, bitlinear, linear, rmsnorm
+from reference import adamw, attention, bitlinear, linear, quantize, rmsnorm
 from reference.cases import Case, U, all_cases, grid_weight, off_ties
 
 import bitnet
@@ -80,6 +80,32 @@ def test_bitlinear_is_an_exact_integer_product(rows: int, inner: int, outer: int
     w = grid_weight(rng, (outer, inner), 0.0234375)
     got = bitnet.ops.bitlinear(bitnet.tensor(x), bitnet.tensor(w)).numpy()
     np.testing.assert_array_equal(got, bitlinear.forward(x, w))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.booleans(), st.integers(0, 2**32 - 1))
+def test_int8_gives_an_exact_integer_dx(rows: int, inner: int, outer: int, twice: bool, seed: int) -> None:
+    """In precision int8, dx is a BitLinear of dy by the transposed codes: equal to NumPy, and so is its accumulation.
+    dW is the one of fast, dx of a full-precision linear too."""
+    rng = np.random.default_rng(seed)
+    x, dy = (rng.normal(size=(rows, n)).astype(np.float32) for n in (inner, outer))
+    w = grid_weight(rng, (outer, inner), 0.0234375)
+
+    def gradients(op: str, precision: str) -> list[np.ndarray]:
+        a, b, c = bitnet.tensor(x, requires_grad=True), bitnet.tensor(w, requires_grad=True), bitnet.tensor(dy)
+        with ops.precision(precision):
+            for _ in range(1 + twice):
+                (getattr(ops, op)(a, b) * c).sum().backward()
+        return [a.grad.numpy().copy(), b.grad.numpy().copy()]
+
+    q, scale = quantize.absmax_int8(dy)
+    codes, weight_scale = quantize.ternary(w)
+    once = (q @ codes).astype(np.float32) * (scale * weight_scale)
+    dx, dw = gradients("bitlinear", "int8")
+    np.testing.assert_array_equal(dx, once + once if twice else once)
+    np.testing.assert_array_equal(dw, gradients("bitlinear", "fast")[1])
+    for one, other in zip(gradients("linear", "int8"), gradients("linear", "fast"), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 lengths, few = st.integers(1, 80), st.integers(1, 3)

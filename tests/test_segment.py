@@ -70,7 +70,7 @@ def train(checkpointing: bool, replayed: bool, changes: dict[str, Any]) -> tuple
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("replayed", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fast"])
+@pytest.mark.parametrize("precision", ["fp32", "fast", "int8"])
 def test_the_same_bits(name: str, replayed: bool, precision: str) -> None:
     before = bitnet.get_threads()
     try:

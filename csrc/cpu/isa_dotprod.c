@@ -14,7 +14,7 @@ BN_TARGET_BEGIN_ARM("dotprod", "+dotprod")
 
 #include "cpu/words_neon.h"
 
-#include "cpu/dot_neon.inc"
+#include "cpu/dot_sdot.inc"
 
 #include "cpu/lanes.inc"
 #include "cpu/micro.h"

@@ -15,6 +15,8 @@ BN_TARGET_BEGIN_ARM("bf16", "+bf16")
 
 #include "cpu/words_neon.h"
 
+#include "cpu/dot_neon.inc"
+
 #include "cpu/lanes.inc"
 #include "cpu/math.inc"
 #include "cpu/micro.h"

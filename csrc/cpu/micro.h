@@ -27,13 +27,16 @@ typedef struct bn_block {
     bool resume; /* add to what c holds */
 } bn_block;
 
+/* Where a factor comes from (kernels.h, bn_layout). */
+typedef enum bn_source { BN_SOURCE_F32, BN_SOURCE_I8, BN_SOURCE_TILES, BN_SOURCE_CODES, BN_SOURCES } bn_source;
+
 /* Brings part of a factor into panels: lanes [first_lane, + lanes) by p in [first_p, + depth). The element (lane, p) is
- * at data[lane * lane_stride + p * p_stride], one of the strides being 1; where `tiled`, at
- * data[bn_tiled_at(p, lane, p_stride, lane_stride)]. */
+ * at data[lane * lane_stride + p * p_stride], one of the strides being 1; tiles and codes say with p_stride alone where
+ * theirs are, p_stride being the row_stride of their layout. */
 typedef struct bn_packing {
     const void *data;
-    bn_dtype dtype; /* f32 or i8 */
-    bool tiled, left;
+    bn_source source;
+    bool left;
     int64_t lane_stride, p_stride;
     const float *factor; /* multiplies p - first_p before the rounding; NULL: one */
     int64_t first_lane, lanes, first_p, depth;

@@ -78,6 +78,13 @@ typedef struct slice {
     const float *left_by, *right_by;
 } slice;
 
+static bn_source source_of(const gemm_operand *x) {
+    return x->layout == BN_TILED   ? BN_SOURCE_TILES
+           : x->layout == BN_CODES ? BN_SOURCE_CODES
+           : x->dtype == BN_F32    ? BN_SOURCE_F32
+                                   : BN_SOURCE_I8;
+}
+
 /* Lanes [lane, + lanes) of a slice in panels. */
 static const char *panels_of(const bn_micro *micro, const factor *f, const slice *s, int64_t lane, int64_t lanes,
                              int64_t *panel_bytes) {
@@ -87,8 +94,7 @@ static const char *panels_of(const bn_micro *micro, const factor *f, const slice
     }
     *panel_bytes = s->steps * BN_TILE_BYTES;
     const bn_packing packing = {.data = f->x->data,
-                                .dtype = f->x->dtype,
-                                .tiled = f->x->tiled,
+                                .source = source_of(f->x),
                                 .left = f->left,
                                 .lane_stride = f->left ? f->x->row_stride : f->x->col_stride,
                                 .p_stride = f->left ? f->x->col_stride : f->x->row_stride,
@@ -185,7 +191,7 @@ static factor in_panels(const bn_micro *micro, const void *panels, int64_t k) {
 }
 
 void bn_product_gemm(const bn_micro *micro, const gemm_args *g, int64_t begin, int64_t end, void *scratch) {
-    const factor left = g->a.in_panels ? in_panels(micro, g->a.data, g->k) : (factor){.x = &g->a};
+    const factor left = g->a.layout == BN_PANELS ? in_panels(micro, g->a.data, g->k) : (factor){.x = &g->a};
     const product x = plan(micro, g->k, left, (factor){.x = &g->b}, scratch);
     for (int64_t unit = begin; unit < end; unit++) {
         multiply_into(&x, unit_of(unit, g->m, g->n, g->tile_m, g->tile_n), g->c, g->ldc, g->accumulate);

@@ -38,9 +38,9 @@ BN_EXTERN_C_BEGIN
 /* Rows of int8 activations come in tiles of sixteen by BN_QUANT_PAD, as integer products read them. */
 #define BN_QUANT_ROWS 16
 #define BN_QUANT_TILE (BN_QUANT_ROWS * BN_QUANT_PAD)
-/* A unit of pack_panels: 32 KiB of f32, read twice. */
+/* Rows in a unit of pack_panels, and of rmsnorm_backward. */
 #define BN_PACK_ROWS 32
-#define BN_PACK_COLS 256
+#define BN_NORM_BAND 32
 /* Rows and vocabulary in a unit of the fused output head: 192 KiB of logits in scratch. Both hold whole register tiles
  * of every instruction set (tiles.h) and whole tiles of p. */
 #define BN_HEAD_ROWS 128
@@ -191,34 +191,40 @@ typedef struct embedding_backward_args {
 
 /* ---- matrix products ---------------------------------------------------------------------------------------- */
 
-/* Where element (row, col) of an int8 matrix in tiles lies, a tile being `down` bytes from the one above it and
- * `across` bytes from the one to its left. */
-static inline int64_t bn_tiled_at(int64_t row, int64_t col, int64_t down, int64_t across) {
-    return row / BN_QUANT_ROWS * down + col / BN_QUANT_PAD * across + row % BN_QUANT_ROWS * BN_QUANT_PAD +
-           col % BN_QUANT_PAD;
-}
-/* Activations (q): sixteen rows one tile after the other, as products read that sum along rows; `stride` is a padded
- * row. */
+/* Where q[row, col] of a quantized activation lies, `stride` being its padded row: tiles of sixteen rows one after the
+ * other, the sixteen rows' last tile before the next rows' first. */
 static inline int64_t bn_quantized_at(int64_t row, int64_t col, int64_t stride) {
-    return bn_tiled_at(row, col, BN_QUANT_ROWS * stride, BN_QUANT_TILE);
-}
-/* Codes of a weight: 64 columns one tile after the other, as the product reads that sums down columns; `rows` are
- * padded to whole tiles. */
-static inline int64_t bn_code_at(int64_t row, int64_t col, int64_t rows) {
-    return bn_tiled_at(row, col, BN_QUANT_TILE, rows * BN_QUANT_PAD);
+    return row / BN_QUANT_ROWS * BN_QUANT_ROWS * stride + col / BN_QUANT_PAD * BN_QUANT_TILE +
+           row % BN_QUANT_ROWS * BN_QUANT_PAD + col % BN_QUANT_PAD;
 }
 
-/* One factor of a product: element (i, j) is data[i * row_stride + j * col_stride] (one of the strides is 1), f32 or
- * i8, times scale[0] if given, times depth_scale[k] if given, k being the summed index; where `tiled` (i8, k down the
- * rows), at data[bn_tiled_at(i, j, row_stride, col_stride)]. Each factor is rounded once before the product: to f32. A
- * left factor of gemm_bf16 may lie at `data` in panels, as pack_panels leaves them, and nothing else is said of it
- * then. */
+/* Where the code of lane `lane` at p lies in panels of ternary codes, each `depth` (a multiple of BN_QUANT_PAD) deep:
+ * [lane / 16][p / 4][lane % 16][p % 4], as integer dot products read them. The byte is code + 1; beyond the last p it
+ * is 0. */
+static inline int64_t bn_code_at(int64_t lane, int64_t p, int64_t depth) {
+    return lane / BN_PANEL_ROWS * BN_PANEL_ROWS * depth + p / BN_PANEL_DEPTH * BN_PANEL_ROWS * BN_PANEL_DEPTH +
+           lane % BN_PANEL_ROWS * BN_PANEL_DEPTH + p % BN_PANEL_DEPTH;
+}
+static inline int64_t bn_code_panels_bytes(int64_t lanes, int64_t p) {
+    return bn_round_up(lanes, BN_PANEL_ROWS) * bn_round_up(p, BN_QUANT_PAD);
+}
+
+/* How a factor of a product lies in memory, k being the summed index and a lane an i of a or a j of b. */
+typedef enum bn_layout {
+    BN_STRIDED, /* element (i, j) at data[i * row_stride + j * col_stride], one of the strides being 1; f32 or i8 */
+    BN_TILED,   /* b only: int8 activations (k, n) at bn_quantized_at(k, j, row_stride) */
+    BN_CODES,   /* b only: ternary codes at bn_code_at(j, k, row_stride) */
+    BN_PANELS   /* a only, gemm_bf16 only: as pack_panels leaves a left factor, scales and all */
+} bn_layout;
+
+/* One factor of a product, times scale[0] if given, times depth_scale[k] if given. Each factor is rounded once before
+ * the product: to f32. */
 typedef struct gemm_operand {
     const void *data;
     const float *scale, *depth_scale;
     int64_t row_stride, col_stride;
+    bn_layout layout;
     bn_dtype dtype;
-    bool tiled, in_panels;
 } gemm_operand;
 
 /* c[i, j] (+)= sum over p of a[i, p] * b[p, j], SEQUENTIAL in p, whatever the blocking: partial sums may rest in c
@@ -249,19 +255,26 @@ typedef struct bn_panels {
     bool left;
 } bn_panels;
 
-/* Rounds a matrix (rows, cols) to bf16 and brings it into panels, for products that use it more than once: `by_rows`
- * with its rows as lanes and p along the columns, times scale[0] if given; `by_cols` with its columns as lanes and p
- * along the rows, times row_scale[row] if given. Units: blocks of BN_PACK_ROWS x BN_PACK_COLS, row-major. */
+/* Where a row's int8 form goes: q in tiles (bn_quantized_at) with rows padded by zeros to q_stride bytes (tiles of rows
+ * that do not exist are not written), and the row's scale and sum. */
+typedef struct bn_int8_rows {
+    int8_t *q;
+    float *act_scale;
+    int32_t *row_sum;
+    int64_t q_stride;
+} bn_int8_rows;
+
+/* A matrix (rows, cols) in the forms that products read it in more than once, each if its memory is given: rounded to
+ * bf16 in panels, `by_rows` with its rows as lanes and p along the columns, times scale[0] if given, and `by_cols` with
+ * its columns as lanes and p along the rows, times row_scale[row] if given; and as quantize_rows leaves it. Units:
+ * bands of BN_PACK_ROWS rows. */
 typedef struct pack_panels_args {
     const float *data;
     int64_t rows, cols;
     bn_panels by_rows, by_cols;
     const float *scale, *row_scale;
+    bn_int8_rows int8;
 } pack_panels_args;
-
-static inline int64_t bn_pack_units(int64_t rows, int64_t cols) {
-    return bn_ceil_div(rows, BN_PACK_ROWS) * bn_ceil_div(cols, BN_PACK_COLS);
-}
 
 /* gemm_bf16 of two factors in panels: c (+)= left right^T, with the same bits. Units: tiles as of gemm. */
 typedef struct gemm_panels_args {
@@ -273,26 +286,16 @@ typedef struct gemm_panels_args {
 } gemm_panels_args;
 
 /* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
- * Writes codes i8 in tiles (bn_code_at, rows padded to 16) and `panels`, the
- * codes plus one as u8 laid out for integer dot products: panels[(r/16)][(c/4)][r%16][c%4], r and c padded to multiples
- * of 16 and BN_QUANT_PAD with code byte 0. tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes
- * that differ from those found in `codes` on entry. Units: groups of BN_PANEL_ROWS rows. */
+ * Writes them in panels (bn_code_at) twice: `panels` with rows as lanes and p along the columns, for y = x W^T, and
+ * `turned` with columns as lanes and p along the rows, for dx = dy W; what pads p is left as it is, and is to be 0.
+ * tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes that differ from those found in `panels` on
+ * entry. Units: groups of BN_PANEL_ROWS rows. */
 typedef struct ternarize_args {
     const float *w, *scale;
-    int8_t *codes;
-    uint8_t *panels;
+    uint8_t *panels, *turned; /* bn_code_panels_bytes(rows, cols) and (cols, rows) */
     int32_t *tally;
     int64_t rows, cols;
 } ternarize_args;
-
-/* Where a row's int8 form goes: q in tiles (bn_quantized_at) with rows padded by zeros to q_stride bytes (tiles of rows
- * that do not exist are not written), and the row's scale and sum. */
-typedef struct bn_int8_rows {
-    int8_t *q;
-    float *act_scale;
-    int32_t *row_sum;
-    int64_t q_stride;
-} bn_int8_rows;
 
 /* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
  * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. If any element is NaN or infinite,
@@ -337,21 +340,15 @@ typedef struct rmsnorm_forward_args {
     bn_int8_rows int8;
 } rmsnorm_forward_args;
 
-/* With g = dy * gain: dx (+)= rstd * (g - x * (rstd^2 * LANES sum of g*x / C)). Units: rows. */
+/* With g = dy * gain: dx (+)= rstd * (g - x * (rstd^2 * LANES sum of g*x / C)); and the part of dgain that a band of
+ * rows has, dgain[band, c] = sum over its r of dy[r, c] * (x[r, c] * rstd[r]), SEQUENTIAL. Either may be NULL. Units:
+ * bands of BN_NORM_BAND rows. */
 typedef struct rmsnorm_backward_args {
     const float *dy, *x, *gain, *rstd;
-    float *dx;
+    float *dx, *dgain;
     int64_t rows, C;
-    bool accumulate;
+    bool accumulate; /* dx */
 } rmsnorm_backward_args;
-
-/* dgain[c] (+)= sum over r of dy[r, c] * (x[r, c] * rstd[r]), SEQUENTIAL. Units: bands of BN_COLUMNS columns. */
-typedef struct rmsnorm_backward_gain_args {
-    const float *dy, *x, *rstd;
-    float *dgain;
-    int64_t rows, C;
-    bool accumulate;
-} rmsnorm_backward_gain_args;
 
 /* Rotates pairs (j, j + D/2) of every head: y1 (+)= x1*cos - x2*sin, y2 (+)= x2*cos + x1*sin, each as
  * fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin); `inverse` negates sin (the derivative). Row (b, t) uses

@@ -62,8 +62,8 @@ static bn_status attention_back(bn_node *n) {
         }
     }
     if (status == BN_OK) {
-        status = n->precision == BN_FAST ? bn_run_attention_backward_bf16(bn_backend_of(q), &args, args.B * args.KV, 1)
-                                         : bn_run_attention_backward(bn_backend_of(q), &args, args.B * args.KV, 1);
+        status = n->precision != BN_EXACT ? bn_run_attention_backward_bf16(bn_backend_of(q), &args, args.B * args.KV, 1)
+                                          : bn_run_attention_backward(bn_backend_of(q), &args, args.B * args.KV, 1);
     }
     for (int i = 0; i < 3; i++) {
         bn_tensor_release(spare[i]);

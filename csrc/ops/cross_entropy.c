@@ -156,7 +156,7 @@ bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, 
     loss_params *params = bn_node_params(&n, loss_params);
     params->ternary = ternary;
     const bn_projection p = projection_of(&n);
-    params->fast = bn_get_precision() == BN_FAST && bn_wants_grad(n.inputs, 2) && bn_fast_head_serves(&p);
+    params->fast = bn_get_precision() != BN_EXACT && bn_wants_grad(n.inputs, 2) && bn_fast_head_serves(&p);
     BN_TRY(bn_projection_prepare(&p));
     const bn_backend *backend = bn_backend_of(x);
     const int64_t one[] = {1}, rows[] = {targets->count};

@@ -73,7 +73,7 @@ static bn_status pack_lines(const bn_backend *backend, const bn_tensor *matrix, 
                                    .cols = C,
                                    .by_rows = {by_lines, left},
                                    .by_cols = {by_channels, false}};
-    return bn_run_pack_panels(backend, &args, bn_pack_units(count, C), 4);
+    return bn_run_pack_panels(backend, &args, bn_ceil_div(count, BN_PACK_ROWS), 1);
 }
 
 static bn_status multiply(const bn_backend *backend, gemm_panels_args args) {

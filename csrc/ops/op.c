@@ -98,6 +98,6 @@ bn_status bn_launch_gemm(const bn_backend *backend, bn_precision precision, gemm
     const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
     args.tile_m = tiles.tile_m;
     args.tile_n = tiles.tile_n;
-    return precision == BN_FAST ? bn_run_gemm_bf16(backend, &args, tiles.units, tiles.grain)
-                                : bn_run_gemm(backend, &args, tiles.units, tiles.grain);
+    return precision != BN_EXACT ? bn_run_gemm_bf16(backend, &args, tiles.units, tiles.grain)
+                                 : bn_run_gemm(backend, &args, tiles.units, tiles.grain);
 }

@@ -49,29 +49,31 @@ bn_status bn_projection_prepare(const bn_projection *p) {
     return p->ternary && p->x->dtype != BN_Q8 ? quantize(p->x) : BN_OK;
 }
 
+/* The integer product of both directions: int8 rows by ternary codes, in panels with `in` and `out` of the product. */
+static bn_status integer_product(const bn_backend *backend, bitlinear_forward_args args) {
+    const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
+    args.tile_m = tiles.tile_m;
+    args.tile_n = tiles.tile_n;
+    return bn_run_bitlinear_forward(backend, &args, tiles.units, tiles.grain);
+}
+
 static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t rows, const float *residual, float *y) {
-    const bn_backend *backend = bn_backend_of(p->x);
     BN_TRY(bn_ternary_refresh(p->weight));
     const bn_quantized *x = p->x->quantized;
     const bn_ternary *w = p->weight->ternary;
     const int64_t stride = x->q->shape[1];
-    const int64_t out = bn_projection_out(p), in = bn_projection_in(p);
     assert(first % BN_QUANT_ROWS == 0);
-    const bn_tiles tiles = bn_product_tiles(rows, out, in, backend->parallelism());
-    const bitlinear_forward_args args = {.q = bn_i8(x->q) + first * stride,
-                                         .act_scale = bn_f32(x->act_scale) + first,
-                                         .row_sum = bn_i32(x->row_sum) + first,
-                                         .panels = bn_data(w->panels),
-                                         .weight_scale = bn_f32(w->scale),
-                                         .residual = residual,
-                                         .y = y,
-                                         .m = rows,
-                                         .n = out,
-                                         .k = in,
-                                         .q_stride = stride,
-                                         .tile_m = tiles.tile_m,
-                                         .tile_n = tiles.tile_n};
-    return bn_run_bitlinear_forward(backend, &args, tiles.units, tiles.grain);
+    return integer_product(bn_backend_of(p->x), (bitlinear_forward_args){.q = bn_i8(x->q) + first * stride,
+                                                                         .act_scale = bn_f32(x->act_scale) + first,
+                                                                         .row_sum = bn_i32(x->row_sum) + first,
+                                                                         .panels = bn_data(w->panels),
+                                                                         .weight_scale = bn_f32(w->scale),
+                                                                         .residual = residual,
+                                                                         .y = y,
+                                                                         .m = rows,
+                                                                         .n = bn_projection_out(p),
+                                                                         .k = bn_projection_in(p),
+                                                                         .q_stride = stride});
 }
 
 bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
@@ -102,26 +104,21 @@ static gemm_operand rows_of(const bn_tensor *matrix, int64_t first_row) {
 }
 static gemm_operand quantized_rows_of(const bn_tensor *q, int64_t first_row) {
     const int64_t stride = q->shape[1];
-    return (gemm_operand){.data = bn_i8(q) + first_row * stride,
-                          .row_stride = BN_QUANT_ROWS * stride,
-                          .col_stride = BN_QUANT_TILE,
-                          .dtype = BN_I8,
-                          .tiled = true};
+    return (gemm_operand){
+        .data = bn_i8(q) + first_row * stride, .row_stride = stride, .layout = BN_TILED, .dtype = BN_I8};
 }
-
-static gemm_operand codes_of(const bn_tensor *codes) {
-    return (gemm_operand){.data = bn_i8(codes),
-                          .row_stride = BN_QUANT_TILE,
-                          .col_stride = codes->shape[0] * BN_QUANT_PAD,
-                          .dtype = BN_I8,
-                          .tiled = true};
+static gemm_operand codes_of(const bn_tensor *weight) {
+    return (gemm_operand){.data = bn_data(weight->ternary->turned),
+                          .row_stride = bn_round_up(weight->shape[0], BN_QUANT_PAD),
+                          .layout = BN_CODES,
+                          .dtype = BN_I8};
 }
 
 /* The products of a backward pass: dx = dy W and dw = dy^T x. */
 static gemm_args product_x(const bn_projection *p, int64_t rows, gemm_operand dy, bn_grad_memory dx) {
     const int64_t in = bn_projection_in(p);
     return (gemm_args){.a = dy,
-                       .b = p->ternary ? codes_of(p->weight->ternary->codes) : rows_of(p->weight, 0),
+                       .b = p->ternary ? codes_of(p->weight) : rows_of(p->weight, 0),
                        .c = dx.memory,
                        .m = rows,
                        .n = in,
@@ -164,32 +161,83 @@ static bn_status exact_backward(const bn_projection *p, int64_t first, int64_t r
     return bn_launch_gemm(backend, BN_EXACT, product_x(p, rows, lines, dx));
 }
 
+/* Memory for one backward pass: dy in the forms that its products read. */
+typedef struct dy_forms {
+    bn_storage *storage;
+    char *by_rows, *by_cols; /* panels of bf16 */
+    bn_int8_rows int8;
+} dy_forms;
+
+static bn_status dy_take(const bn_projection *p, bool int8, int64_t rows, bn_grad_memory dx, bn_grad_memory dw,
+                         dy_forms *forms) {
+    const int64_t out = bn_projection_out(p), stride = bn_round_up(out, BN_QUANT_PAD), four = sizeof(float);
+    const int64_t by_rows = dx.memory != NULL && !int8 ? bn_panels_bytes(rows, out) : 0;
+    const int64_t by_cols = dw.memory != NULL ? bn_panels_bytes(out, rows) : 0;
+    const int64_t q = dx.memory != NULL && int8 ? bn_round_up(rows, BN_QUANT_ROWS) * stride : 0;
+    BN_TRY(bn_storage_new(bn_backend_of(p->x), (size_t)(by_rows + by_cols + (q > 0 ? q + 2 * four * rows : 0)),
+                          &forms->storage));
+    char *next = forms->storage->data;
+    forms->by_rows = by_rows > 0 ? next : NULL;
+    next += by_rows;
+    forms->by_cols = by_cols > 0 ? next : NULL;
+    next += by_cols;
+    forms->int8 = (bn_int8_rows){.q = q > 0 ? (int8_t *)next : NULL,
+                                 .act_scale = (float *)(void *)(next + q),
+                                 .row_sum = (int32_t *)(void *)(next + q + four * rows),
+                                 .q_stride = stride};
+    return BN_OK;
+}
+
+/* dx in integers, as SwitchBack does it (Wortsman et al. 2023, arXiv 2304.13013): each row of dy is rounded to int8
+ * with a scale of its own. The weight gradient, which sums over many rows, would not bear that. */
+static bn_status integer_backward_x(const bn_projection *p, int64_t rows, bn_int8_rows int8, bn_grad_memory dx) {
+    return integer_product(bn_backend_of(p->x),
+                           (bitlinear_forward_args){.q = int8.q,
+                                                    .act_scale = int8.act_scale,
+                                                    .row_sum = int8.row_sum,
+                                                    .panels = bn_data(p->weight->ternary->turned),
+                                                    .weight_scale = bn_f32(p->weight->ternary->scale),
+                                                    .residual = dx.accumulate ? dx.memory : NULL,
+                                                    .y = dx.memory,
+                                                    .m = rows,
+                                                    .n = bn_projection_in(p),
+                                                    .k = bn_projection_out(p),
+                                                    .q_stride = int8.q_stride});
+}
+
 /* dy is rounded to bf16 and brought into panels once for both products, each with the scale of its ternary partner:
  * int8 and codes alone survive the rounding unchanged. */
-static bn_status fast_backward(const bn_projection *p, int64_t first, int64_t rows, const float *dy, bn_grad_memory dx,
-                               bn_grad_memory dw) {
-    const int64_t out = bn_projection_out(p), bytes_x = dx.memory == NULL ? 0 : bn_panels_bytes(rows, out);
+static bn_status run_fast_backward(const bn_projection *p, bool int8, int64_t first, int64_t rows, const float *dy,
+                                   const dy_forms *forms, bn_grad_memory dx, bn_grad_memory dw) {
+    const int64_t out = bn_projection_out(p);
     const bn_backend *backend = bn_backend_of(p->x);
-    bn_storage *panels;
-    BN_TRY(bn_storage_new(backend, (size_t)(bytes_x + (dw.memory == NULL ? 0 : bn_panels_bytes(out, rows))), &panels));
-    char *memory = panels->data;
-    const gemm_operand by_rows = {.data = memory, .in_panels = true};
-    const gemm_operand by_cols = {.data = memory + bytes_x, .in_panels = true};
     const pack_panels_args args = {.data = dy,
                                    .rows = rows,
                                    .cols = out,
-                                   .by_rows = {dx.memory == NULL ? NULL : memory, true},
-                                   .by_cols = {dw.memory == NULL ? NULL : memory + bytes_x, true},
+                                   .by_rows = {forms->by_rows, true},
+                                   .by_cols = {forms->by_cols, true},
                                    .scale = p->ternary ? bn_f32(p->weight->ternary->scale) : NULL,
-                                   .row_scale = p->ternary ? bn_f32(p->x->quantized->act_scale) + first : NULL};
-    bn_status status = bn_run_pack_panels(backend, &args, bn_pack_units(rows, out), 4);
-    if (status == BN_OK && dw.memory != NULL) {
-        status = bn_launch_gemm(backend, BN_FAST, product_weight(p, first, rows, by_cols, dw));
+                                   .row_scale = p->ternary ? bn_f32(p->x->quantized->act_scale) + first : NULL,
+                                   .int8 = forms->int8};
+    BN_TRY(bn_run_pack_panels(backend, &args, bn_ceil_div(rows, BN_PACK_ROWS), 1));
+    if (dw.memory != NULL) {
+        const gemm_operand by_cols = {.data = forms->by_cols, .layout = BN_PANELS};
+        BN_TRY(bn_launch_gemm(backend, BN_FAST, product_weight(p, first, rows, by_cols, dw)));
     }
-    if (status == BN_OK && dx.memory != NULL) {
-        status = bn_launch_gemm(backend, BN_FAST, product_x(p, rows, by_rows, dx));
+    if (dx.memory == NULL) {
+        return BN_OK;
     }
-    bn_storage_release(panels);
+    const gemm_operand by_rows = {.data = forms->by_rows, .layout = BN_PANELS};
+    return int8 ? integer_backward_x(p, rows, forms->int8, dx)
+                : bn_launch_gemm(backend, BN_FAST, product_x(p, rows, by_rows, dx));
+}
+
+static bn_status fast_backward(const bn_projection *p, bool int8, int64_t first, int64_t rows, const float *dy,
+                               bn_grad_memory dx, bn_grad_memory dw) {
+    dy_forms forms;
+    BN_TRY(dy_take(p, int8, rows, dx, dw, &forms));
+    const bn_status status = run_fast_backward(p, int8, first, rows, dy, &forms, dx, dw);
+    bn_storage_release(forms.storage);
     return status;
 }
 
@@ -198,7 +246,8 @@ bn_status bn_projection_backward(const bn_projection *p, bn_precision precision,
     if (dx.memory == NULL && dw.memory == NULL) {
         return BN_OK;
     }
-    return (precision == BN_FAST ? fast_backward : exact_backward)(p, first, rows, dy, dx, dw);
+    return precision == BN_EXACT ? exact_backward(p, first, rows, dy, dx, dw)
+                                 : fast_backward(p, precision == BN_INT8 && p->ternary, first, rows, dy, dx, dw);
 }
 
 bn_projection_versions bn_projection_versions_now(const bn_projection *p) {

@@ -26,25 +26,40 @@ static bn_status forward(bn_node *n) {
     return bn_run_rmsnorm_forward(bn_backend_of(x), &args, args.rows, 16);
 }
 
+/* dgain (+)= the sum of its bands' parts. */
+static bn_status sum_bands(const bn_tensor *gain, const float *parts, int64_t bands, float *dgain, bool accumulate) {
+    const column_sum_args args = {
+        .x = parts, .out = dgain, .rows = bands, .cols = gain->count, .accumulate = accumulate};
+    return bn_run_column_sum(bn_backend_of(gain), &args, bn_ceil_div(gain->count, BN_COLUMNS), 1);
+}
+
 static bn_status backward(bn_node *n) {
     bn_tensor *x = n->inputs[0], *gain = n->inputs[1];
     const bn_backend *backend = bn_backend_of(x);
-    const float *dy = bn_f32(n->output->grad), *rstd = bn_f32(n->saved[RSTD]);
     float *dx, *dgain;
-    bool accumulate;
-    BN_TRY(bn_grad_target(gain, &dgain, &accumulate));
-    if (dgain != NULL) {
-        const rmsnorm_backward_gain_args args = {dy,        bn_f32(x), rstd, dgain, bn_row_count(x), bn_last_dim(x),
-                                                 accumulate};
-        BN_TRY(bn_run_rmsnorm_backward_gain(backend, &args, bn_ceil_div(args.C, BN_COLUMNS), 1));
-    }
+    bool accumulate, accumulate_gain;
     BN_TRY(bn_grad_target(x, &dx, &accumulate));
-    if (dx == NULL) {
-        return BN_OK;
+    BN_TRY(bn_grad_target(gain, &dgain, &accumulate_gain)); /* after dx also where x is the gain */
+    rmsnorm_backward_args args = {.dy = bn_f32(n->output->grad),
+                                  .x = bn_f32(x),
+                                  .gain = gain_of(n),
+                                  .rstd = bn_f32(n->saved[RSTD]),
+                                  .dx = dx,
+                                  .rows = bn_row_count(x),
+                                  .C = bn_last_dim(x),
+                                  .accumulate = accumulate};
+    const int64_t bands = bn_ceil_div(args.rows, BN_NORM_BAND);
+    bn_storage *parts = NULL;
+    if (dgain != NULL) {
+        BN_TRY(bn_storage_new(backend, (size_t)(bands * args.C) * sizeof(float), &parts));
+        args.dgain = parts->data;
     }
-    const rmsnorm_backward_args args = {dy, bn_f32(x),       gain_of(n),     rstd,
-                                        dx, bn_row_count(x), bn_last_dim(x), accumulate};
-    return bn_run_rmsnorm_backward(backend, &args, args.rows, 16);
+    bn_status status = bn_run_rmsnorm_backward(backend, &args, bands, 1);
+    if (status == BN_OK && dgain != NULL) {
+        status = sum_bands(gain, args.dgain, bands, dgain, accumulate_gain);
+    }
+    bn_storage_release(parts);
+    return status;
 }
 
 const bn_op bn_op_rmsnorm = {"rmsnorm", forward, backward};

@@ -307,10 +307,12 @@ static PyObject *is_grad_enabled(PyObject *module, PyObject *unused) {
     return PyBool_FromLong(bn_grad_is_enabled());
 }
 
+static const char *const precisions[] = {[BN_EXACT] = "fp32", [BN_FAST] = "fast", [BN_INT8] = "int8"};
+
 static PyObject *get_precision(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
-    return PyUnicode_FromString(bn_get_precision() == BN_FAST ? "fast" : "fp32");
+    return PyUnicode_FromString(precisions[bn_get_precision()]);
 }
 
 static PyObject *set_precision(PyObject *module, PyObject *name) {
@@ -319,12 +321,13 @@ static PyObject *set_precision(PyObject *module, PyObject *name) {
     if (text == NULL) {
         return NULL;
     }
-    const bool fast = strcmp(text, "fast") == 0;
-    if (!fast && strcmp(text, "fp32") != 0) {
-        return PyErr_Format(PyExc_ValueError, "precision must be fast or fp32, not '%s'", text);
+    for (int i = BN_EXACT; i <= BN_INT8; i++) {
+        if (strcmp(text, precisions[i]) == 0) {
+            bn_set_precision((bn_precision)i);
+            Py_RETURN_NONE;
+        }
     }
-    bn_set_precision(fast ? BN_FAST : BN_EXACT);
-    Py_RETURN_NONE;
+    return PyErr_Format(PyExc_ValueError, "precision must be fp32, fast or int8, not '%s'", text);
 }
 
 static PyObject *open_segment(PyObject *module, PyObject *unused) {

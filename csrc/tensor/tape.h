@@ -19,7 +19,7 @@
 /* How products are multiplied whose result is not part of the forward pass's promise: gradients, and the logits of a
  * loss that is differentiated. EXACT: f32, the same bits on every instruction set. FAST: factors rounded to bf16, sums
  * in f32, the same bits for any number of threads. */
-typedef enum bn_precision { BN_EXACT, BN_FAST } bn_precision;
+typedef enum bn_precision { BN_EXACT, BN_FAST, BN_INT8 } bn_precision; /* INT8: FAST, but dx in integers */
 /* Of the nodes this thread records from now on; EXACT at first. */
 bn_precision bn_get_precision(void);
 void bn_set_precision(bn_precision precision);

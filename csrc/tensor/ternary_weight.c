@@ -2,7 +2,6 @@
 #include "tensor/ternary_weight.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "quant/ternary.h"
 
@@ -10,8 +9,8 @@ void bn_ternary_free(bn_ternary *ternary) {
     if (ternary == NULL) {
         return;
     }
-    bn_tensor_release(ternary->codes);
     bn_tensor_release(ternary->panels);
+    bn_tensor_release(ternary->turned);
     bn_tensor_release(ternary->scale);
     bn_tensor_release(ternary->tally);
     bn_storage_release(ternary->partial);
@@ -21,14 +20,15 @@ void bn_ternary_free(bn_ternary *ternary) {
 static bn_status make(const bn_tensor *weight, bn_ternary *t) {
     const bn_backend *backend = bn_backend_of(weight);
     const int64_t rows = weight->shape[0], cols = weight->shape[1];
-    const int64_t padded[] = {bn_round_up(rows, BN_PANEL_ROWS), bn_round_up(cols, BN_QUANT_PAD)};
+    const int64_t panels[] = {bn_code_panels_bytes(rows, cols)}, turned[] = {bn_code_panels_bytes(cols, rows)};
     const int64_t one[] = {1}, tally[] = {rows, 4};
-    BN_TRY(bn_tensor_new(backend, BN_I8, 2, padded, &t->codes));
-    BN_TRY(bn_tensor_new(backend, BN_I8, 2, padded, &t->panels));
+    BN_TRY(bn_tensor_new(backend, BN_I8, 1, panels, &t->panels));
+    BN_TRY(bn_tensor_new(backend, BN_I8, 1, turned, &t->turned));
     BN_TRY(bn_tensor_new(backend, BN_F32, 1, one, &t->scale));
     BN_TRY(bn_tensor_new(backend, BN_I32, 2, tally, &t->tally));
     BN_TRY(bn_storage_new(backend, (size_t)bn_ceil_div(weight->count, BN_BLOCK) * sizeof(double), &t->partial));
-    return bn_tensor_zero(t->codes);
+    BN_TRY(bn_tensor_zero(t->panels));
+    return bn_tensor_zero(t->turned);
 }
 
 static bn_status requantize(const bn_tensor *weight, bn_ternary *t) {
@@ -45,8 +45,8 @@ static bn_status requantize(const bn_tensor *weight, bn_ternary *t) {
     BN_TRY(bn_run_reduce_finish(backend, &mean, 1, 1));
     const ternarize_args codes = {.w = bn_f32(weight),
                                   .scale = bn_f32(t->scale),
-                                  .codes = bn_i8(t->codes),
                                   .panels = bn_data(t->panels),
+                                  .turned = bn_data(t->turned),
                                   .tally = bn_i32(t->tally),
                                   .rows = weight->shape[0],
                                   .cols = weight->shape[1]};
@@ -78,20 +78,19 @@ bn_status bn_ternary_refresh(bn_tensor *weight) {
 
 bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     BN_TRY(bn_ternary_refresh(weight));
-    const bn_tensor *tiles = weight->ternary->codes;
-    const int64_t rows = weight->shape[0], cols = weight->shape[1], padded = tiles->shape[0];
-    int8_t *host = malloc(bn_tensor_bytes(tiles) + 1);
+    const bn_tensor *panels = weight->ternary->panels;
+    const int64_t rows = weight->shape[0], cols = weight->shape[1], depth = bn_round_up(cols, BN_QUANT_PAD);
+    uint8_t *host = malloc(bn_tensor_bytes(panels) + 1);
     if (host == NULL) {
-        return bn_fail(BN_ERR_MEMORY, "out of memory for %lld codes", (long long)tiles->count);
+        return bn_fail(BN_ERR_MEMORY, "out of memory for %lld codes", (long long)panels->count);
     }
-    bn_status status = bn_backend_of(weight)->download(host, bn_data(tiles), bn_tensor_bytes(tiles));
+    bn_status status = bn_backend_of(weight)->download(host, bn_data(panels), bn_tensor_bytes(panels));
     if (status == BN_OK) {
         status = bn_tensor_new(bn_cpu_backend(), BN_I8, 2, weight->shape, out);
     }
     for (int64_t r = 0; status == BN_OK && r < rows; r++) {
-        for (int64_t c = 0; c < cols; c += BN_QUANT_PAD) {
-            memcpy(bn_i8(*out) + r * cols + c, host + bn_code_at(r, c, padded),
-                   (size_t)bn_min_i64(cols - c, BN_QUANT_PAD));
+        for (int64_t c = 0; c < cols; c++) {
+            bn_i8(*out)[r * cols + c] = (int8_t)(host[bn_code_at(r, c, depth)] - 1);
         }
     }
     free(host);

@@ -1,6 +1,6 @@
 /*
- * ternary_weight.h: the ternary form of a latent weight (rows, cols), kept beside it: i8 codes for the backward pass,
- * panels for integer dot products, the scale (mean |W|) and a tally. Made when a bitlinear first reads the weight and
+ * ternary_weight.h: the ternary form of a latent weight (rows, cols), kept beside it: its codes in
+ * panels, the scale (mean |W|) and a tally. Made when a bitlinear first reads the weight and
  * again whenever the weight's storage has a new version: once per optimizer step, not once per micro-batch.
  */
 #ifndef BN_TENSOR_TERNARY_WEIGHT_H
@@ -9,8 +9,8 @@
 #include "tensor/tensor.h"
 
 struct bn_ternary {
-    bn_tensor *codes;    /* i8 in tiles, rows and cols rounded up to whole ones: kernels.h, bn_code_at */
-    bn_tensor *panels;   /* i8 (padded rows * padded cols): kernels.h, ternarize */
+    bn_tensor *panels;   /* codes for y = x W^T, and */
+    bn_tensor *turned;   /* for dx = dy W, both as kernels.h says at ternarize */
     bn_tensor *scale;    /* f32 (1) */
     bn_tensor *tally;    /* i32 (rows, 4): minus, zero, plus, flipped at the last refresh */
     bn_storage *partial; /* doubles: block sums of |W| */

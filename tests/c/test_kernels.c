@@ -278,14 +278,19 @@ static gemm_operand operand(int64_t rows, int64_t cols, bool by_rows, bool is_i8
                           .dtype = is_i8 ? BN_I8 : BN_F32};
 }
 
-/* Activations or codes as they lie in tiles. */
-static gemm_operand in_tiles(int64_t rows, int64_t cols, bool codes) {
-    const int64_t down = bn_round_up(rows, BN_QUANT_ROWS), across = bn_round_up(cols, BN_QUANT_PAD);
-    return (gemm_operand){.data = codes ? small(down * across, -1, 3) : small(down * across, -128, 256),
-                          .row_stride = codes ? BN_QUANT_TILE : BN_QUANT_ROWS * across,
-                          .col_stride = codes ? down * BN_QUANT_PAD : BN_QUANT_TILE,
-                          .dtype = BN_I8,
-                          .tiled = true};
+/* k x n: activations in tiles or codes in panels. */
+static gemm_operand in_bytes(int64_t k, int64_t n, bool codes) {
+    if (codes) {
+        return (gemm_operand){.data = small(bn_code_panels_bytes(n, k), 0, 3),
+                              .row_stride = bn_round_up(k, BN_QUANT_PAD),
+                              .layout = BN_CODES,
+                              .dtype = BN_I8};
+    }
+    const int64_t stride = bn_round_up(n, BN_QUANT_PAD);
+    return (gemm_operand){.data = small(bn_round_up(k, BN_QUANT_ROWS) * stride, -128, 256),
+                          .row_stride = stride,
+                          .layout = BN_TILED,
+                          .dtype = BN_I8};
 }
 
 static void test_gemm(void) {
@@ -302,7 +307,7 @@ static void test_gemm(void) {
         }
         FOR_EACH(codes, 0, 1) {
             LAUNCH(gemm, bn_ceil_div(m, tm) * bn_ceil_div(n, tn), .a = operand(m, k, false, false, 0),
-                   .b = in_tiles(k, n, codes), .c = result(m * n), .m = m, .n = n, .k = k, .ldc = n, .tile_m = tm,
+                   .b = in_bytes(k, n, codes), .c = result(m * n), .m = m, .n = n, .k = k, .ldc = n, .tile_m = tm,
                    .tile_n = tn);
         }
         LAUNCH(gemm, 1, .a = operand(m, k, true, true, k), .b = operand(k, n, true, true, k), .c = result(m * n),
@@ -315,8 +320,8 @@ static void *panels(int64_t lanes, int64_t depth, bool along, bool left, bool sc
     const size_t bytes = size_of(bn_panels_bytes(lanes, depth), 1);
     void *out = is_output ? register_output(bytes, false) : take(bytes, 0xFF);
     const int64_t rows = along ? lanes : depth, cols = along ? depth : lanes;
-    LAUNCH(pack_panels, bn_pack_units(rows, cols), reals(rows * cols), rows, cols, {along ? out : NULL, left},
-           {along ? NULL : out, left}, scaled ? positive(1) : NULL, scaled ? positive(rows) : NULL);
+    LAUNCH(pack_panels, bn_ceil_div(rows, BN_PACK_ROWS), reals(rows * cols), rows, cols, {along ? out : NULL, left},
+           {along ? NULL : out, left}, scaled ? positive(1) : NULL, scaled ? positive(rows) : NULL, {0});
     return out;
 }
 
@@ -324,7 +329,7 @@ static void test_gemm_bf16(void) {
     FOR_EACH(m, 1, 16, 45) FOR_EACH(n, 1, 33, 64) FOR_EACH(k, 0, 1, 31, 100) {
         FOR_EACH(kind, 0, 1, 2, 3, 4, 5) {
             const bool by_rows = kind & 1, accumulate = kind & 2, in_panels = kind & 4;
-            const gemm_operand left = {.data = panels(m, k, by_rows, true, false, false), .in_panels = true};
+            const gemm_operand left = {.data = panels(m, k, by_rows, true, false, false), .layout = BN_PANELS};
             LAUNCH(gemm_bf16, bn_ceil_div(m, 32) * bn_ceil_div(n, 32),
                    .a = in_panels ? left : operand(m, k, by_rows, false, 0),
                    .b = operand(k, n, by_rows, !accumulate, k), .c = result(m * (n + 5)), .m = m, .n = n, .k = k,
@@ -348,10 +353,10 @@ static void test_gemm_panels(void) {
 
 static void test_ternarize(void) {
     FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
-        const int64_t padded = bn_round_up(rows, BN_PANEL_ROWS) * bn_round_up(cols, BN_QUANT_PAD);
         LAUNCH(ternarize, bn_ceil_div(rows, BN_PANEL_ROWS), cols == 70 ? wild(rows * cols) : reals(rows * cols),
-               positive(1), result_bytes(padded, 1, -1, 3), result_bytes(padded, 1, 0, 256),
-               result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
+               positive(1), result_bytes(bn_code_panels_bytes(rows, cols), 1, 0, 3),
+               result_bytes(bn_code_panels_bytes(cols, rows), 1, 0, 3), result_bytes(4 * rows, sizeof(int32_t), 0, 256),
+               rows, cols);
     }
 }
 
@@ -402,15 +407,11 @@ static void test_rmsnorm_forward(void) {
 
 static void test_rmsnorm_backward(void) {
     FOR_EACH_WIDTH(C) FOR_EACH(gain, 0, 1) {
-        LAUNCH(rmsnorm_backward, 3, reals(3 * C), reals(3 * C), gain ? reals(C) : NULL, positive(3), result(3 * C), 3,
-               C, gain != 0);
-    }
-}
-
-static void test_rmsnorm_backward_gain(void) {
-    FOR_EACH_WIDTH(C) FOR_EACH(accumulate, 0, 1) {
-        LAUNCH(rmsnorm_backward_gain, bands(C), reals(11 * C), reals(11 * C), positive(11), result(C), 11, C,
-               accumulate != 0);
+        FOR_EACH(wanted, 1, 2, 3) {
+            const int64_t rows = wanted == 3 ? 2 * BN_NORM_BAND + 3 : 3, bands = bn_ceil_div(rows, BN_NORM_BAND);
+            LAUNCH(rmsnorm_backward, bands, reals(rows * C), reals(rows * C), gain ? reals(C) : NULL, positive(rows),
+                   wanted & 1 ? result(rows * C) : NULL, wanted & 2 ? result(bands * C) : NULL, rows, C, gain != 0);
+        }
     }
 }
 

@@ -241,16 +241,28 @@ static void test_gemm_shape(int64_t m, int64_t n, int64_t k, int variant) {
     }
 }
 
-/* Rows of int8 that lie in tiles, as activations and as codes, give the bits of rows that lie one after the other. */
-static void test_tiled_rows(int64_t m, int64_t n, int64_t k) {
-    const int64_t down = bn_round_up(k, BN_QUANT_ROWS), across = bn_round_up(n, BN_QUANT_PAD), bytes = m * n * 4;
-    float *a = fenced(m * k * 4), *c = fenced(bytes), *expected = fenced(bytes);
-    int8_t *plain = fenced(k * n), *tiles = fenced(down * across);
-    for (int64_t i = 0; i < m * k; i++) {
-        a[i] = random_float();
+static float *random_floats(int64_t count) {
+    float *p = fenced(count * 4);
+    for (int64_t i = 0; i < count; i++) {
+        p[i] = random_float();
     }
+    return p;
+}
+
+/* Activations in tiles and codes in panels give the bits of rows that lie one after the other. */
+static void test_int8_layout(int64_t m, int64_t n, int64_t k, bool codes) {
+    const int64_t stride = bn_round_up(codes ? k : n, BN_QUANT_PAD), bytes = m * n * 4;
+    const int64_t laid_out = codes ? bn_code_panels_bytes(n, k) : bn_round_up(k, BN_QUANT_ROWS) * stride;
+    float *a = random_floats(m * k), *c = fenced(bytes), *expected = fenced(bytes);
+    int8_t *plain = fenced(k * n), *other = fenced(laid_out);
+    memset(other, 0, (size_t)laid_out);
     for (int64_t i = 0; i < k * n; i++) {
-        plain[i] = (int8_t)(random_bits() % 256);
+        plain[i] = codes ? (int8_t)(random_bits() % 3) - 1 : (int8_t)(random_bits() % 256);
+        if (codes) {
+            other[bn_code_at(i % n, i / n, stride)] = (int8_t)(plain[i] + 1);
+        } else {
+            other[bn_quantized_at(i / n, i % n, stride)] = plain[i];
+        }
     }
     gemm_args g = {.a = {.data = a, .row_stride = k, .col_stride = 1, .dtype = BN_F32},
                    .c = c,
@@ -260,31 +272,23 @@ static void test_tiled_rows(int64_t m, int64_t n, int64_t k) {
                    .ldc = n,
                    .tile_m = m,
                    .tile_n = n};
-    for (int codes = 0; codes < 2; codes++) {
-        const int64_t row = codes ? BN_QUANT_TILE : BN_QUANT_ROWS * across;
-        const int64_t col = codes ? down * BN_QUANT_PAD : BN_QUANT_TILE;
-        for (int64_t i = 0; i < k * n; i++) {
-            tiles[codes ? bn_code_at(i / n, i % n, down) : bn_quantized_at(i / n, i % n, across)] = plain[i];
-        }
-        for (int t = 0; t < table_count; t++) {
-            void (*const kernels[])(const gemm_args *, int64_t, int64_t, void *) = {tables[t]->gemm,
-                                                                                    tables[t]->gemm_bf16};
-            for (int fast = 0; fast < 2; fast++) {
-                if (kernels[fast] == NULL) {
-                    continue;
-                }
-                g.b = (gemm_operand){.data = plain, .row_stride = n, .col_stride = 1, .dtype = BN_I8};
-                kernels[fast](&g, 0, 1, scratch);
-                memcpy(expected, c, (size_t)bytes);
-                g.b =
-                    (gemm_operand){.data = tiles, .row_stride = row, .col_stride = col, .dtype = BN_I8, .tiled = true};
-                kernels[fast](&g, 0, 1, scratch);
-                expect(memcmp(c, expected, (size_t)bytes) == 0, fast ? "gemm_bf16 of tiles" : "gemm of tiles",
-                       tables[t]->isa, m, n, k, codes);
+    for (int t = 0; t < table_count; t++) {
+        void (*const kernels[])(const gemm_args *, int64_t, int64_t, void *) = {tables[t]->gemm, tables[t]->gemm_bf16};
+        for (int fast = 0; fast < 2; fast++) {
+            if (kernels[fast] == NULL) {
+                continue;
             }
+            g.b = (gemm_operand){.data = plain, .row_stride = n, .col_stride = 1, .dtype = BN_I8};
+            kernels[fast](&g, 0, 1, scratch);
+            memcpy(expected, c, (size_t)bytes);
+            g.b = (gemm_operand){
+                .data = other, .row_stride = stride, .layout = codes ? BN_CODES : BN_TILED, .dtype = BN_I8};
+            kernels[fast](&g, 0, 1, scratch);
+            expect(memcmp(c, expected, (size_t)bytes) == 0, fast ? "gemm_bf16 of int8" : "gemm of int8", tables[t]->isa,
+                   m, n, k, codes);
         }
     }
-    void *all[] = {a, c, expected, plain, tiles};
+    void *all[] = {a, c, expected, plain, other};
     for (int i = 0; i < 5; i++) {
         release(all[i]);
     }
@@ -314,10 +318,12 @@ static void test_gemm(void) {
     test_gemm_shape(25, 40, 700, A_TRANSPOSED | B_I8 | DEPTH_SCALE);
     test_gemm_shape(1100, 17, 19, A_I8 | SCALE); /* more rows than one scratch holds */
     done("gemm: several blocks of depth and of rows");
-    test_tiled_rows(3, 1, 1);
-    test_tiled_rows(17, 70, 45);
-    test_tiled_rows(20, 130, 700);
-    done("gemm: int8 rows in tiles");
+    for (int codes = 0; codes < 2; codes++) {
+        test_int8_layout(3, 1, 1, codes);
+        test_int8_layout(17, 70, 45, codes);
+        test_int8_layout(20, 130, 700, codes);
+    }
+    done("gemm: int8 in tiles and codes in panels");
 }
 
 /* ---- products of panels ------------------------------------------------------------------------------------------ */
@@ -328,17 +334,9 @@ static void *packed(const bn_kernel_table *table, const float *data, bool along,
     const bn_panels panels = {fenced(bn_panels_bytes(lanes, depth)), left}, none = {NULL, false};
     const pack_panels_args args = {
         .data = data, .rows = rows, .cols = cols, .by_rows = along ? panels : none, .by_cols = along ? none : panels};
-    EACH_UNIT_BACKWARDS(table->pack_panels, &args, bn_pack_units(rows, cols))
+    EACH_UNIT_BACKWARDS(table->pack_panels, &args, bn_ceil_div(rows, BN_PACK_ROWS))
     expect(intact(panels.memory, bn_panels_bytes(lanes, depth)), "pack_panels", table->isa, lanes, 0, depth, left);
     return panels.memory;
-}
-
-static float *random_floats(int64_t count) {
-    float *p = fenced(count * 4);
-    for (int64_t i = 0; i < count; i++) {
-        p[i] = random_float();
-    }
-    return p;
 }
 
 /* c (+)= left right^T of panels, in tiles as the ops cut it. */
@@ -491,38 +489,40 @@ static void test_head(void) {
 /* ---- ternarize --------------------------------------------------------------------------------------------------- */
 
 static void test_ternarize_shape(int64_t rows, int64_t cols) {
-    const int64_t padded = bn_round_up(cols, BN_QUANT_PAD), count = rows * cols;
-    const int64_t groups = bn_ceil_div(rows, BN_PANEL_ROWS), panel_bytes = groups * BN_PANEL_ROWS * padded;
+    const int64_t depth = bn_round_up(cols, BN_QUANT_PAD), turned_depth = bn_round_up(rows, BN_QUANT_PAD);
+    const int64_t groups = bn_ceil_div(rows, BN_PANEL_ROWS), count = rows * cols;
+    const int64_t bytes = bn_code_panels_bytes(rows, cols), turned_bytes = bn_code_panels_bytes(cols, rows);
     float *w = fenced(count * 4);
-    int8_t *old = fenced(panel_bytes), *codes = fenced(panel_bytes);
-    uint8_t *panels = fenced(panel_bytes);
+    uint8_t *old = fenced(bytes), *panels = fenced(bytes), *turned = fenced(turned_bytes);
     int32_t *tally = fenced(rows * 16);
     for (int64_t i = 0; i < count; i++) {
         static const float edges[] = {0.25f, -0.25f, 0.75f, 1e30f, -INFINITY, NAN, 0.0f, -0.0f};
         w[i] = random_bits() % 4 ? random_float() : edges[random_bits() % 8];
     }
-    for (int64_t i = 0; i < panel_bytes; i++) {
-        old[i] = (int8_t)(random_bits() % 3) - 1;
+    memset(old, 0, (size_t)bytes);
+    for (int64_t i = 0; i < count; i++) {
+        old[bn_code_at(i / cols, i % cols, depth)] = (uint8_t)(random_bits() % 3);
     }
     const float scales[] = {0.5f, 0.3f, 1e-5f, NAN};
     for (int s = 0; s < 4; s++) {
         for (int t = 0; t < table_count && tables[t]->ternarize != NULL; t++) {
-            memcpy(codes, old, (size_t)panel_bytes);
-            const ternarize_args a = {w, &scales[s], codes, panels, tally, rows, cols};
+            memcpy(panels, old, (size_t)bytes);
+            memset(turned, 0, (size_t)turned_bytes);
+            const ternarize_args a = {w, &scales[s], panels, turned, tally, rows, cols};
             EACH_UNIT_BACKWARDS(tables[t]->ternarize, &a, groups)
-            bool ok = intact(codes, panel_bytes) && intact(panels, panel_bytes) && intact(tally, rows * 16);
+            bool ok = intact(panels, bytes) && intact(turned, turned_bytes) && intact(tally, rows * 16);
             for (int64_t r = 0; r < groups * BN_PANEL_ROWS; r++) {
                 int32_t counts[4] = {0};
-                for (int64_t c = 0; c < padded; c++) {
+                for (int64_t c = 0; c < depth; c++) {
                     const bool real = r < rows && c < cols;
                     const int8_t code = real ? bn_ternary_code(w[r * cols + c], scales[s]) : 0;
-                    const uint8_t byte = panels[((r / 16 * (padded / 4) + c / 4) * 16 + r % 16) * 4 + c % 4];
-                    ok = ok && byte == (real ? code + 1 : 0);
-                    const int64_t at = bn_code_at(r, c, groups * BN_PANEL_ROWS);
-                    ok = ok && codes[at] == (real ? code : old[at]);
+                    const int64_t at = bn_code_at(r, c, depth);
+                    ok = ok && panels[at] == (real ? code + 1 : 0);
+                    ok = ok && (c >= bn_round_up(cols, BN_PANEL_ROWS) ||
+                                turned[bn_code_at(c, r, turned_depth)] == (real ? code + 1 : 0));
                     if (real) {
                         counts[code + 1]++;
-                        counts[3] += code != old[at];
+                        counts[3] += code + 1 != old[at];
                     }
                 }
                 ok = ok && (r >= rows || memcmp(counts, tally + 4 * r, 16) == 0);
@@ -530,7 +530,7 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
             expect(ok, "ternarize", tables[t]->isa, rows, cols, 0, s);
         }
     }
-    void *all[] = {w, old, codes, panels, tally};
+    void *all[] = {w, old, panels, turned, tally};
     for (int i = 0; i < 5; i++) {
         release(all[i]);
     }
@@ -604,9 +604,9 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     const int64_t padded = bn_round_up(k, BN_QUANT_PAD), stride = padded + spare, bytes = m * n * 4;
     float *x = fenced(m * k * 4), *w = fenced(n * k * 4), *act_scale = fenced(m * 4), *y = fenced(bytes);
     float *expected = fenced(bytes);
-    int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride),
-           *codes = fenced(bn_round_up(n, BN_PANEL_ROWS) * bn_round_up(k, BN_QUANT_PAD));
-    uint8_t *panels = fenced(bn_round_up(n, BN_PANEL_ROWS) * padded);
+    int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride);
+    uint8_t *turned = fenced(bn_code_panels_bytes(k, n));
+    uint8_t *panels = memset(fenced(bn_code_panels_bytes(n, k)), 0, (size_t)bn_code_panels_bytes(n, k));
     int32_t *row_sum = fenced(m * 4), *tally = fenced(n * 16);
     for (int64_t i = 0; i < m * k; i++) {
         x[i] = random_float();
@@ -619,14 +619,14 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     }
     const float scale = bn_absmean_scale(w, n * k);
     const quantize_rows_args qa = {x, {q, act_scale, row_sum, stride}, m, k};
-    const ternarize_args ta = {w, &scale, codes, panels, tally, n, k};
+    const ternarize_args ta = {w, &scale, panels, turned, tally, n, k};
     tables[0]->quantize_rows(&qa, 0, m, scratch);
     tables[0]->ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
             int64_t sum = 0;
             for (int64_t p = 0; p < k; p++) {
-                sum += q[bn_quantized_at(i, p, stride)] * codes[bn_code_at(j, p, bn_round_up(n, BN_PANEL_ROWS))];
+                sum += q[bn_quantized_at(i, p, stride)] * (panels[bn_code_at(j, p, bn_round_up(k, BN_QUANT_PAD))] - 1);
             }
             expected[i * n + j] = (float)sum * (act_scale[i] * scale);
         }
@@ -644,7 +644,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
             expect(ok, "bitlinear_forward", tables[t]->isa, m, n, k, s);
         }
     }
-    void *all[] = {x, w, act_scale, y, expected, q, codes, panels, row_sum, tally};
+    void *all[] = {x, w, act_scale, y, expected, q, turned, panels, row_sum, tally};
     for (int i = 0; i < 10; i++) {
         release(all[i]);
     }
