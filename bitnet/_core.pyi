@@ -194,6 +194,9 @@ def ternary_stats(weight: Tensor, /) -> tuple[int, int, int, int, float]:
 def ternary_codes(weight: Tensor, /) -> Tensor:
     """i8 (out, in)."""
 
+def prepare_ternary(codes: Tensor, scale: float, /) -> Tensor:
+    """i8 (out, in) -> prepared: codes times scale, laid out for products alone. ValueError for other bytes."""
+
 def pack_ternary(codes: Tensor, /) -> Tensor:
     """i8 -> ternary2, four codes a byte."""
 

@@ -197,7 +197,7 @@ class BitNetForCausalLM(nn.Module):
         self.model.activation_checkpointing = wanted
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """The output matrix (V, C): lm_head's, or the embedding's where they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 

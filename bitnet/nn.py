@@ -93,7 +93,10 @@ class Module:
         _core.zero_grad(list(self.parameters()))
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Copies of all parameters as f32 arrays by name."""
+        """Copies of all parameters as f32 arrays by name. TypeError if a layer is packed: it has no latent weights."""
+        for path, layer in self.bitlinears():
+            if layer.is_packed:
+                raise TypeError(f"state_dict: {path or 'this layer'} is packed and has no latent weights to give")
         return {name: parameter.numpy(copy=True) for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,6 +135,12 @@ class Module:
             for name, child in list(module.children()):
                 if isinstance(child, BitLinear):
                     setattr(module, name, child.to_full_precision())
+        return self
+
+    def pack(self) -> Module:
+        """Packs every BitLinear below, in place, for inference alone (BitLinear.pack); returns self."""
+        for _, layer in self.bitlinears():
+            layer.pack()
         return self
 
     def extra_repr(self) -> str:
@@ -212,7 +221,7 @@ class Linear(Module):
                 f"{type(self).__name__}: {in_features} inputs and {out_features} outputs; both are at least 1"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.weight = normal((out_features, in_features), in_features**-0.5) if weight is None else weight
+        self.weight: Tensor = normal((out_features, in_features), in_features**-0.5) if weight is None else weight
         self.bias = Parameter(ops.zeros((out_features,))) if bias else None
 
     _map: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(ops.linear)
@@ -251,6 +260,20 @@ class BitLinear(Linear):
     def codes(self) -> Tensor:
         """The ternary codes, i8 (out_features, in_features)."""
         return _core.ternary_codes(self.weight)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether pack() was called."""
+        return not isinstance(self.weight, Parameter)
+
+    def pack(self) -> BitLinear:
+        """Keeps, of the weight, the codes in two bits each and the scale: a sixteenth of the memory, the same results.
+
+        The layer cannot be trained any more, and its weight is no Parameter: state_dict() refuses. Returns self.
+        """
+        if not self.is_packed:
+            self.weight = _core.prepare_ternary(self.codes(), self.weight_scale)
+        return self
 
     def to_full_precision(self) -> Linear:
         """A Linear with the weights this layer multiplies, code * weight_scale (not the latent ones)."""

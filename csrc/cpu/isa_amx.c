@@ -165,8 +165,10 @@ static inline void call_in(const bn_block *k, int64_t row, int64_t col, int64_t 
 AMX_MULTIPLY(multiply_bf16_tiles, _tile_dpbf16ps)
 AMX_MULTIPLY(multiply_i8_tiles, _tile_dpbsud)
 
-static const bn_micro micro_bf16 = {2, 32, 32, multiply_bf16_tiles, pack_bf16, v_move_rows};
-static const bn_micro micro_i8_tiles = {4, 32, 32, multiply_i8_tiles, NULL, NULL};
+static const bn_micro micro_bf16 = {
+    .per_word = 2, .rows = 32, .cols = 32, .multiply = multiply_bf16_tiles, .pack = pack_bf16, .move = v_move_rows};
+static const bn_micro micro_i8_tiles = {
+    .per_word = 4, .rows = 32, .cols = 32, .multiply = multiply_i8_tiles, .unpack = unpack_codes};
 
 #define BF16_OPEN() open_tiles()
 #define BF16_CLOSE() _tile_release()

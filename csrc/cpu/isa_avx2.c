@@ -13,13 +13,12 @@ BN_TARGET_BEGIN("avx2,fma")
 #include "cpu/words_avx2.h"
 
 /* A pair of codes 0..2 times int8 lies within [-512, 508], so the 16-bit sums of maddubs cannot saturate. */
-static inline w8 dot_8(w8 acc, const uint8_t *codes, __m256i quad) {
-    const __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)codes);
-    return acc + (w8)_mm256_madd_epi16(_mm256_maddubs_epi16(c, quad), _mm256_set1_epi16(1));
+static inline w8 dot_8(w8 acc, w8 codes, __m256i quad) {
+    return acc + (w8)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, quad), _mm256_set1_epi16(1));
 }
-static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
+static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     const __m256i q = _mm256_set1_epi32(quad);
-    return (vi){dot_8(acc.a, codes, q), dot_8(acc.b, codes + 32, q)};
+    return (vi){dot_8(acc.a, codes.a, q), dot_8(acc.b, codes.b, q)};
 }
 /* Sixteen registers: 8 sums, 2 of the right factor, 1 of the left one, the ones, and what passes between. */
 #define DOT_ROWS 4

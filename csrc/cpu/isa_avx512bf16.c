@@ -35,7 +35,12 @@ static inline vf dot_bf16(vf sum, const char *right, const char *left) {
 #define MICRO_PUT v_put
 #include "cpu/micro.inc"
 
-static const bn_micro micro_bf16 = {2, F32_ROWS, 16 * F32_VECTORS, multiply_bf16, pack_bf16, v_move_rows};
+static const bn_micro micro_bf16 = {.per_word = 2,
+                                    .rows = F32_ROWS,
+                                    .cols = 16 * F32_VECTORS,
+                                    .multiply = multiply_bf16,
+                                    .pack = pack_bf16,
+                                    .move = v_move_rows};
 
 #define BF16_MULTIPLY multiply_bf16
 #include "cpu/bf16.inc"

@@ -13,12 +13,12 @@ BN_TARGET_BEGIN("avx2,fma,avxvnni")
 
 #include "cpu/words_avx2.h"
 
-static inline w8 dot_8(w8 acc, const uint8_t *codes, __m256i quad) {
-    return (w8)_mm256_dpbusd_avx_epi32((__m256i)acc, _mm256_loadu_si256((const __m256i *)(const void *)codes), quad);
+static inline w8 dot_8(w8 acc, w8 codes, __m256i quad) {
+    return (w8)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)codes, quad);
 }
-static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
+static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     const __m256i q = _mm256_set1_epi32(quad);
-    return (vi){dot_8(acc.a, codes, q), dot_8(acc.b, codes + 32, q)};
+    return (vi){dot_8(acc.a, codes.a, q), dot_8(acc.b, codes.b, q)};
 }
 /* 12 sums, 2 of the left factor, 1 of the right one. */
 #define DOT_ROWS 2

@@ -28,7 +28,11 @@ BN_TARGET_BEGIN_ARM("dotprod,i8mm", "+dotprod+i8mm")
 #define MMLA(sum, left, right) __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(left), "w"(right))
 #include "cpu/mmla.inc"
 
-static const bn_micro micro_i8_squares = {4, MMLA_ROWS, 16 * MMLA_VECTORS, multiply_i8_squares, NULL, NULL};
+static const bn_micro micro_i8_squares = {.per_word = 4,
+                                          .rows = MMLA_ROWS,
+                                          .cols = 16 * MMLA_VECTORS,
+                                          .multiply = multiply_i8_squares,
+                                          .unpack = unpack_codes};
 
 #define BITLINEAR_MICRO(a) ((a)->m < MMLA_ROWS ? &micro_i8 : &micro_i8_squares)
 #include "cpu/bitlinear.inc"

@@ -62,7 +62,12 @@ static inline vf bf16_exact_pairs(vf a, vf b) { return EACH2(bf16_exact_pairs_4,
 #define MMLA(sum, left, right) __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(left), "w"(right))
 #include "cpu/mmla.inc"
 
-static const bn_micro micro_bf16 = {2, MMLA_ROWS, 16 * MMLA_VECTORS, multiply_bf16, pack_bf16, v_move_rows};
+static const bn_micro micro_bf16 = {.per_word = 2,
+                                    .rows = MMLA_ROWS,
+                                    .cols = 16 * MMLA_VECTORS,
+                                    .multiply = multiply_bf16,
+                                    .pack = pack_bf16,
+                                    .move = v_move_rows};
 
 #define BF16_MULTIPLY multiply_bf16
 #include "cpu/bf16.inc"

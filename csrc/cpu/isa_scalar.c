@@ -121,12 +121,13 @@ static inline vi w_xorshift(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.l
 static inline vi w_load(const int32_t *p) { EACH_LANE(vi, p[i]); }
 static inline void w_store(int32_t *p, vi v) { memcpy(p, v.lane, sizeof v.lane); }
 static inline vi w_sub(vi a, int32_t x) { EACH_LANE(vi, a.lane[i] - x); }
-static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
+static inline vi w_two_bits(vi a, int n) { EACH_LANE(vi, (int32_t)(((uint32_t)a.lane[i] >> n) & 0x03030303u)); }
+static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     int8_t q[4];
     memcpy(q, &quad, sizeof q);
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 4; j++) {
-            acc.lane[i] += (int32_t)codes[4 * i + j] * q[j];
+            acc.lane[i] += (int32_t)(((uint32_t)codes.lane[i] >> 8 * j) & 255) * q[j];
         }
     }
     return acc;

@@ -48,9 +48,11 @@ typedef struct bn_micro {
     int per_word;   /* values of p in a word */
     int rows, cols; /* of the register tile; blocks in multiples of these leave no edge */
     void (*multiply)(const bn_block *block);
-    /* NULL for integers, whose factors are kept in tiles and whose sums are not c: */
+    /* floats: */
     void (*pack)(const bn_packing *packing);
-    void (*move)(const float *from, int64_t from_ld, float *to, int64_t to_ld, int64_t rows, int64_t cols);
+    void (*move)(const float *from, int64_t from_ld, float *to, int64_t to_ld, int64_t rows, int64_t cols); /* of c */
+    /* integers, whose factors are kept in tiles and whose sums are not c: */
+    void (*unpack)(const char *packed, int64_t tiles, char *out); /* of codes */
 } bn_micro;
 
 /* Values of p in a tile, and tiles that `depth` of them need. */

@@ -53,6 +53,7 @@ void bn_product_block(const bn_micro *micro, const bn_block *block) {
 /* One side of a product: in panels, or packed slice by slice into scratch. */
 typedef struct factor {
     const char *panels;    /* the first one */
+    bool packed;           /* they hold codes in two bits */
     int64_t panel_bytes;   /* from one to the next */
     const gemm_operand *x; /* what to pack; NULL: it is in panels */
     bool left;
@@ -88,11 +89,18 @@ static bn_source source_of(const gemm_operand *x) {
 /* Lanes [lane, + lanes) of a slice in panels. */
 static const char *panels_of(const bn_micro *micro, const factor *f, const slice *s, int64_t lane, int64_t lanes,
                              int64_t *panel_bytes) {
-    if (f->x == NULL) {
+    if (f->x == NULL && !f->packed) {
         *panel_bytes = f->panel_bytes;
         return f->panels + lane / BN_TILE_LANES * f->panel_bytes + s->step * BN_TILE_BYTES;
     }
     *panel_bytes = s->steps * BN_TILE_BYTES;
+    if (f->packed) {
+        for (int64_t i = 0; i < lanes; i += BN_TILE_LANES) {
+            const char *panel = f->panels + (lane + i) / BN_TILE_LANES * f->panel_bytes;
+            micro->unpack(panel + s->step * BN_TILE_BYTES / 4, s->steps, f->room + i / BN_TILE_LANES * *panel_bytes);
+        }
+        return f->room;
+    }
     const bn_packing packing = {.data = f->x->data,
                                 .source = source_of(f->x),
                                 .left = f->left,
@@ -210,7 +218,12 @@ void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t
 void bn_product_bitlinear(const bn_micro *micro, bn_finish_block *finish, const bitlinear_forward_args *a,
                           int64_t begin, int64_t end, void *scratch) {
     const factor q = {.panels = (const char *)a->q, .panel_bytes = a->q_stride / BN_QUANT_PAD * BN_TILE_BYTES};
-    const product x = plan(micro, a->k, q, in_panels(micro, a->panels, a->k), scratch);
+    factor codes = in_panels(micro, a->panels, a->k);
+    if (a->form == BN_CODES_2) {
+        codes.packed = true;
+        codes.panel_bytes /= 4;
+    }
+    const product x = plan(micro, a->k, q, codes, scratch);
     for (int64_t unit = begin; unit < end; unit++) {
         const part whole = unit_of(unit, a->m, a->n, a->tile_m, a->tile_n);
         EACH_BLOCK(t, &x, whole) {

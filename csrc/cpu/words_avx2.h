@@ -173,6 +173,10 @@ static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
 }
 #define WORDS2(op, x, y) ((vi){(w8)op((__m256i)(x).a, (__m256i)(y).a), (w8)op((__m256i)(x).b, (__m256i)(y).b)})
 #define SHIFT(x, n) ((vi){(w8)_mm256_srli_epi32((__m256i)(x).a, n), (w8)_mm256_srli_epi32((__m256i)(x).b, n)})
+static inline w8 w_two_bits_8(w8 a, int n) {
+    return (w8)_mm256_and_si256(_mm256_srli_epi16((__m256i)a, n), _mm256_set1_epi8(3));
+}
+static inline vi w_two_bits(vi a, int n) { return (vi){w_two_bits_8(a.a, n), w_two_bits_8(a.b, n)}; }
 static inline vi w_set(int32_t x) { return (vi){(w8)_mm256_set1_epi32(x), (w8)_mm256_set1_epi32(x)}; }
 static inline vi w_add(vi x, vi y) { return WORDS2(_mm256_add_epi32, x, y); }
 static inline vi w_mul(vi x, vi y) { return WORDS2(_mm256_mullo_epi32, x, y); }

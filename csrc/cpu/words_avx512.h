@@ -108,8 +108,11 @@ static inline vi w_xorshift(vi a, int n) {
 static inline vi w_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
 static inline void w_store(int32_t *p, vi v) { _mm512_storeu_si512(p, (__m512i)v); }
 static inline vi w_sub(vi x, int32_t y) { return (vi)_mm512_sub_epi32((__m512i)x, _mm512_set1_epi32(y)); }
-static inline vi w_dot(vi acc, const uint8_t *codes, int32_t quad) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(codes), _mm512_set1_epi32(quad));
+static inline vi w_two_bits(vi a, int n) {
+    return (vi)_mm512_and_si512(_mm512_srli_epi32((__m512i)a, (unsigned)n), _mm512_set1_epi8(3));
+}
+static inline vi w_dot(vi acc, vi codes, int32_t quad) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(quad));
 }
 
 /* Thirty-two 512-bit registers: 24 sums, 3 of the right factor, the rest for addresses in flight. */

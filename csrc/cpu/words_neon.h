@@ -141,6 +141,13 @@ static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
         vst1_u16(p + 4 * i, vshrn_n_u32(vbslq_u32(vceqq_f32(v.q[i], v.q[i]), sum, quiet), 16));
     }
 }
+static inline int32x4_t w_two_bits_4(int32x4_t a, int n) {
+    const uint8x16_t bytes = vshlq_u8(vreinterpretq_u8_s32(a), vdupq_n_s8((int8_t)-n));
+    return vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8(3)));
+}
+static inline vi w_two_bits(vi a, int n) {
+    return (vi){{w_two_bits_4(a.q[0], n), w_two_bits_4(a.q[1], n), w_two_bits_4(a.q[2], n), w_two_bits_4(a.q[3], n)}};
+}
 static inline vi w_set(int32_t x) {
     const int32x4_t q = vdupq_n_s32(x);
     return (vi){{q, q, q, q}};

@@ -33,6 +33,8 @@ BN_EXTERN_C_BEGIN
 /* Rows (output features) in a panel of prepared ternary weights, and bytes of K in one integer dot step. */
 #define BN_PANEL_ROWS 16
 #define BN_PANEL_DEPTH 4
+/* Rows that bitlinear_forward multiplies by codes of two bits in registers; a tile of units holds them all. */
+#define BN_FEW_ROWS 8
 /* int8 rows are padded with zeros to a multiple of this many bytes. */
 #define BN_QUANT_PAD 64
 /* Rows of int8 activations come in tiles of sixteen by BN_QUANT_PAD, as integer products read them. */
@@ -209,6 +211,10 @@ static inline int64_t bn_code_panels_bytes(int64_t lanes, int64_t p) {
     return bn_round_up(lanes, BN_PANEL_ROWS) * bn_round_up(p, BN_QUANT_PAD);
 }
 
+/* Panels of codes as bytes (bn_code_at), or as four codes a byte: of each sixteen words of a panel, 64 bytes each and
+ * four a group, byte j of a group holds byte j of its word n in bits 2 n and 2 n + 1. */
+typedef enum bn_code_form { BN_CODES_8, BN_CODES_2 } bn_code_form;
+
 /* How a factor of a product lies in memory, k being the summed index and a lane an i of a or a j of b. */
 typedef enum bn_layout {
     BN_STRIDED, /* element (i, j) at data[i * row_stride + j * col_stride], one of the strides being 1; f32 or i8 */
@@ -254,6 +260,15 @@ typedef struct bn_panels {
     void *memory; /* bn_panels_bytes(lanes, depth); NULL: not wanted */
     bool left;
 } bn_panels;
+
+/* Codes -1, 0, 1 of a weight matrix (rows, cols) to panels for y = x W^T in two bits, what pads them included, and
+ * tally[r] = {minus, zero, plus, 0}. Units: groups of BN_PANEL_ROWS rows. */
+typedef struct prepare_codes_args {
+    const int8_t *codes;
+    uint8_t *panels; /* bn_code_panels_bytes(rows, cols) / 4 */
+    int32_t *tally;
+    int64_t rows, cols;
+} prepare_codes_args;
 
 /* Where a row's int8 form goes: q in tiles (bn_quantized_at) with rows padded by zeros to q_stride bytes (tiles of rows
  * that do not exist are not written), and the row's scale and sum. */
@@ -322,6 +337,7 @@ typedef struct bitlinear_forward_args {
     const float *act_scale;
     const int32_t *row_sum;
     const uint8_t *panels;
+    bn_code_form form; /* of the panels */
     const float *weight_scale, *residual;
     float *y;
     int64_t m, n, k, q_stride;

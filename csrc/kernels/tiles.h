@@ -47,5 +47,10 @@ static inline bn_tiles bn_product_tiles(int64_t m, int64_t n, int64_t k, int wor
     return t;
 }
 
+/* Few rows read every code once and are done with it: units of some 64 KiB of codes, so that no thread waits long. */
+static inline bn_tiles bn_few_rows_tiles(int64_t n) {
+    return (bn_tiles){BN_TILE_ROWS, BN_TILE_COLUMNS, bn_ceil_div(n, BN_TILE_COLUMNS), 1};
+}
+
 BN_EXTERN_C_END
 #endif

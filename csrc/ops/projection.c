@@ -18,7 +18,11 @@ bn_status bn_projection_check(const char *op, const bn_projection *p) {
     if (!p->ternary || x->dtype != BN_Q8) {
         BN_TRY(bn_require_dtype(op, "x", x, BN_F32));
     }
-    BN_TRY(bn_require_dtype(op, "weight", weight, BN_F32));
+    if (!p->ternary || weight->dtype != BN_PREPARED) {
+        BN_TRY(bn_require_dtype(op, "weight", weight, BN_F32));
+    } else if (bn_wants_grad((bn_tensor *const[]){p->x}, 1)) {
+        return bn_fail(BN_ERR_STATE, "%s: a prepared weight passes no gradient back to x; use it under no_grad()", op);
+    }
     BN_TRY(bn_require_ndim(op, "weight", weight, 2));
     BN_TRY(bn_require_same_device(op, x, weight));
     if (x->ndim < 1 || bn_last_dim(x) != weight->shape[1]) {
@@ -51,7 +55,9 @@ bn_status bn_projection_prepare(const bn_projection *p) {
 
 /* The integer product of both directions: int8 rows by ternary codes, in panels with `in` and `out` of the product. */
 static bn_status integer_product(const bn_backend *backend, bitlinear_forward_args args) {
-    const bn_tiles tiles = bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
+    const bn_tiles tiles = args.m <= BN_FEW_ROWS && args.form == BN_CODES_2
+                               ? bn_few_rows_tiles(args.n)
+                               : bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
     args.tile_m = tiles.tile_m;
     args.tile_n = tiles.tile_n;
     return bn_run_bitlinear_forward(backend, &args, tiles.units, tiles.grain);
@@ -67,6 +73,7 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
                                                                          .act_scale = bn_f32(x->act_scale) + first,
                                                                          .row_sum = bn_i32(x->row_sum) + first,
                                                                          .panels = bn_data(w->panels),
+                                                                         .form = w->form,
                                                                          .weight_scale = bn_f32(w->scale),
                                                                          .residual = residual,
                                                                          .y = y,

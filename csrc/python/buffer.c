@@ -16,7 +16,7 @@ int bn_tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
     static const Py_ssize_t sizes[] = {[BN_F32] = 4, [BN_I8] = 1, [BN_I32] = 4};
     bn_tensor *t = ((bn_py_tensor *)self)->tensor;
     view->obj = NULL;
-    if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2 || t->dtype == BN_Q8) {
+    if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2 || !bn_dtype_is_stored(t->dtype)) {
         PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; convert to f32", bn_dtype_name(t->dtype));
         return -1;
     }

@@ -45,7 +45,7 @@ done:
 
 int bn_parse_dtype(PyObject *name) {
     const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : NULL;
-    for (int d = 0; text != NULL && d < BN_Q8; d++) { /* q8 is only ever made by an op */
+    for (int d = 0; text != NULL && bn_dtype_is_stored((bn_dtype)d); d++) {
         if (strcmp(text, bn_dtype_name((bn_dtype)d)) == 0) {
             return d;
         }

@@ -121,7 +121,7 @@ static PyObject *rope_tables(PyObject *module, PyObject *args, PyObject *kwargs)
 
 static bn_tensor *ternary_argument(PyObject *module, PyObject *object) {
     bn_tensor *t = bn_unwrap(bn_state(module), object, "weight");
-    if (t != NULL && (t->dtype != BN_F32 || t->ndim != 2)) {
+    if (t != NULL && (!(t->dtype == BN_F32 || t->dtype == BN_PREPARED) || t->ndim != 2)) {
         bn_shape_text text;
         PyErr_Format(bn_state(module)->shape_error, "a ternary weight is made from an f32 matrix, not %s of shape %s",
                      bn_dtype_name(t->dtype), bn_shape_print(t, &text));
@@ -153,6 +153,21 @@ static PyObject *ternary_codes(PyObject *module, PyObject *object) {
     bn_status status;
     BN_WITHOUT_GIL(status, bn_ternary_codes(t, &copy));
     return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
+}
+
+static PyObject *prepare_ternary(PyObject *module, PyObject *args) {
+    PyObject *object;
+    float scale;
+    if (!PyArg_ParseTuple(args, "Of:prepare_ternary", &object, &scale)) {
+        return NULL;
+    }
+    bn_tensor *codes = bn_unwrap(bn_state(module), object, "codes"), *out;
+    if (codes == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_prepare(codes, scale, &out));
+    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
 }
 
 static PyObject *pack_ternary(PyObject *module, PyObject *object) {
@@ -480,6 +495,7 @@ PyMethodDef bn_core_methods[] = {
     {"rope_tables", WITH_KEYWORDS(rope_tables), "(cos, sin), each (positions, head_dim / 2), f32."},
     {"ternary_stats", ternary_stats, METH_O, "(minus, zero, plus, flipped, scale) of a latent weight's codes."},
     {"ternary_codes", ternary_codes, METH_O, "The codes -1, 0, 1 of a latent weight as an i8 tensor."},
+    {"prepare_ternary", prepare_ternary, METH_VARARGS, "i8 codes and a scale as a weight for products alone."},
     {"pack_ternary", pack_ternary, METH_O, "i8 codes as a ternary2 tensor, four a byte."},
     {"flatten", flatten, METH_O, "Moves parameters into one buffer; returns (flat values, flat gradients)."},
     {"zero_grad", zero_grad, METH_O, "Marks the gradients of tensors as zero."},

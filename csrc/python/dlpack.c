@@ -64,7 +64,7 @@ PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs) {
         return NULL;
     }
     bn_tensor *t = ((bn_py_tensor *)self)->tensor;
-    if (t->dtype == BN_TERNARY2 || t->dtype == BN_Q8) {
+    if (t->dtype == BN_TERNARY2 || !bn_dtype_is_stored(t->dtype)) {
         PyErr_Format(PyExc_BufferError, "DLPack has no %s; convert it first", bn_dtype_name(t->dtype));
         return NULL;
     }

@@ -115,7 +115,7 @@ done:
 
 PyObject *bn_tensor_to_array(PyObject *object, bool copy) {
     const bn_tensor *t = ((bn_py_tensor *)object)->tensor;
-    if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2 || t->dtype == BN_Q8) {
+    if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2 || !bn_dtype_is_stored(t->dtype)) {
         PyErr_Format(PyExc_TypeError, "NumPy has no %s; use .to('f32').numpy()", bn_dtype_name(t->dtype));
         return NULL;
     }

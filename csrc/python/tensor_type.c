@@ -441,7 +441,7 @@ static PyObject *tensor_to(PyObject *self, PyObject *name) {
 /* The values in whatever dtype NumPy has for them, recorded nowhere. */
 static PyObject *printable_array(PyObject *self) {
     const bn_tensor *t = core(self);
-    if (t->dtype != BN_BF16 && t->dtype != BN_TERNARY2 && t->dtype != BN_Q8) {
+    if (t->dtype != BN_BF16 && t->dtype != BN_TERNARY2 && bn_dtype_is_stored(t->dtype)) {
         return bn_tensor_to_array(self, true);
     }
     bn_tensor *converted = NULL;

@@ -69,8 +69,8 @@ bn_status bn_tensor_window(bn_storage *storage, size_t offset, bn_dtype dtype, i
 }
 
 bn_status bn_tensor_view(bn_tensor *source, int ndim, const int64_t *shape, bn_tensor **out) {
-    if (source->dtype == BN_Q8) {
-        return bn_fail(BN_ERR_DTYPE, "a q8 tensor has no second shape; convert it to f32 first");
+    if (!bn_dtype_is_stored(source->dtype)) {
+        return bn_fail(BN_ERR_DTYPE, "a %s tensor has no second shape", bn_dtype_name(source->dtype));
     }
     BN_TRY(bn_tensor_window(source->storage, source->offset, source->dtype, ndim, shape, out));
     if ((*out)->count != source->count) {

@@ -16,6 +16,8 @@ struct bn_ternary {
     bn_storage *partial; /* doubles: block sums of |W| */
     uint64_t version;    /* of the weight's storage; 0 before the first refresh */
     uint64_t refreshes;
+    bn_code_form
+        form; /* of the panels; BN_CODES_8 but for a prepared weight, which has no turned, partial or version */
 };
 
 /* Sums of the tally: how many codes are -1, 0, +1, and how many changed at the last refresh (0 at the first). */
@@ -24,8 +26,11 @@ typedef struct bn_ternary_stats {
     float scale;
 } bn_ternary_stats;
 
-/* weight: f32 (rows, cols). On return weight->ternary matches the weight's present values. */
+/* weight: f32 (rows, cols), or prepared. On return weight->ternary matches the weight's present values. */
 BN_CHECKED bn_status bn_ternary_refresh(bn_tensor *weight);
+/* Returns new: a weight of dtype prepared, which is codes (i8, values -1, 0, 1, (rows, cols)) times scale in two bits a
+ * code, for products that need no gradient. BN_ERR_VALUE names a byte that is no code. */
+BN_CHECKED bn_status bn_ternary_prepare(const bn_tensor *codes, float scale, bn_tensor **out);
 /* Returns new: the codes row by row, i8 (rows, cols), in host memory. */
 BN_CHECKED bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out);
 BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);

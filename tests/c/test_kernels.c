@@ -360,6 +360,14 @@ static void test_ternarize(void) {
     }
 }
 
+static void test_prepare_codes(void) {
+    FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
+        LAUNCH(prepare_codes, bn_ceil_div(rows, BN_PANEL_ROWS), small(rows * cols, -1, 3),
+               result_bytes(bn_code_panels_bytes(rows, cols) / 4, 1, 0, 256),
+               result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
+    }
+}
+
 static bn_int8_rows int8_result(int64_t rows, int64_t cols) {
     const int64_t stride = bn_round_up(cols, BN_QUANT_PAD);
     int8_t *q = result_bytes(bn_round_up(rows, BN_QUANT_ROWS) * stride, 1, 0, 256);
@@ -386,11 +394,13 @@ static void test_dequantize_rows(void) {
 static void test_bitlinear_forward(void) {
     FOR_EACH(m, 1, 4, 13, 37) FOR_EACH(n, 1, 16, 47, 70) FOR_EACH(k, 1, 64, 150) {
         const int64_t stride = bn_round_up(k, BN_QUANT_PAD);
-        const uint8_t *panels = (const uint8_t *)small(bn_round_up(n, BN_PANEL_ROWS) * stride, 0, 3);
+        const int64_t bytes = bn_code_panels_bytes(n, k);
+        const uint8_t *forms[] = {(const uint8_t *)small(bytes, 0, 3), (const uint8_t *)small(bytes / 4, 0, 128)};
         const int8_t *q = small(bn_round_up(m, BN_QUANT_ROWS) * stride, -128, 256);
-        FOR_EACH(with_residual, 0, 1) {
-            LAUNCH(bitlinear_forward, bn_ceil_div(m, 16) * bn_ceil_div(n, 32), q, positive(m), indices(m, 1000), panels,
-                   positive(1), with_residual ? reals(m * n) : NULL, result(m * n), m, n, k, stride, 16, 32);
+        FOR_EACH(kind, 0, 1, 2, 3) {
+            LAUNCH(bitlinear_forward, bn_ceil_div(m, 16) * bn_ceil_div(n, 32), q, positive(m), indices(m, 1000),
+                   forms[kind & 1], (bn_code_form)(kind & 1), positive(1), kind & 2 ? reals(m * n) : NULL,
+                   result(m * n), m, n, k, stride, 16, 32);
         }
     }
 }

@@ -634,16 +634,41 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     const bn_tiles chosen = bn_product_tiles(m, n, k, 3);
     const int64_t tiles[][2] = {
         {bn_round_up(m + 1, 16), bn_round_up(n + 1, 16)}, {16, 16}, {32, 64}, {chosen.tile_m, chosen.tile_n}};
+    int8_t *codes = fenced(n * k);
+    for (int64_t i = 0; i < n * k; i++) {
+        codes[i] = (int8_t)(panels[bn_code_at(i / k, i % k, padded)] - 1);
+    }
+    const int64_t packed_bytes = bn_code_panels_bytes(n, k) / 4;
+    uint8_t *packed = fenced(packed_bytes);
     for (int t = 0; t < table_count; t++) {
-        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 4; s++) {
-            const bitlinear_forward_args a = {q, act_scale, row_sum, panels, &scale,      NULL,       y,
-                                              m, n,         k,       stride, tiles[s][0], tiles[s][1]};
+        if (tables[t]->prepare_codes != NULL) {
+            const prepare_codes_args pa = {codes, packed, tally, n, k};
+            EACH_UNIT_BACKWARDS(tables[t]->prepare_codes, &pa, bn_ceil_div(n, BN_PANEL_ROWS))
+            expect(intact(packed, packed_bytes), "prepare_codes", tables[t]->isa, m, n, k, 0);
+        }
+        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 8; s++) {
+            const bn_code_form form = s < 4 ? BN_CODES_8 : BN_CODES_2;
+            const bitlinear_forward_args a = {.q = q,
+                                              .act_scale = act_scale,
+                                              .row_sum = row_sum,
+                                              .panels = form == BN_CODES_8 ? panels : packed,
+                                              .form = form,
+                                              .weight_scale = &scale,
+                                              .y = y,
+                                              .m = m,
+                                              .n = n,
+                                              .k = k,
+                                              .q_stride = stride,
+                                              .tile_m = tiles[s % 4][0],
+                                              .tile_n = tiles[s % 4][1]};
             memset(y, 0x3C, (size_t)bytes);
             EACH_UNIT_BACKWARDS(tables[t]->bitlinear_forward, &a, bn_ceil_div(m, a.tile_m) * bn_ceil_div(n, a.tile_n))
             bool ok = memcmp(y, expected, (size_t)bytes) == 0 && intact(y, bytes);
             expect(ok, "bitlinear_forward", tables[t]->isa, m, n, k, s);
         }
     }
+    release(codes);
+    release(packed);
     void *all[] = {x, w, act_scale, y, expected, q, turned, panels, row_sum, tally};
     for (int i = 0; i < 10; i++) {
         release(all[i]);
