@@ -32,13 +32,13 @@ def losses(args: argparse.Namespace, precision: str, seed: int, out: Path) -> di
     command = [sys.executable, "-m", "bitnet.train", "--data", str(args.data), "--out", str(out),
                "--preset", args.preset, "--seq-len", str(args.seq_len), "--batch-size", str(args.batch_size),
                "--steps", str(args.steps), "--lr", str(args.lr), "--eval-every", str(max(args.steps // 5, 1)),
-               "--save-every", str(args.steps), "--sample-tokens", "0", "--no-plots", "--seed", str(seed),
+               "--save-every", str(args.steps), "--sample-tokens", "0", "--plots", "false", "--seed", str(seed),
                "--precision", precision]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    return {line["step"]: line["val_loss"] for line in lines if line.get("val_loss") is not None}
 
 
 def summary(differences: list[float]) -> str:

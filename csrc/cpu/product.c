@@ -13,11 +13,9 @@
 #include "cpu/micro.h"
 #include "kernels/tiles.h"
 
-/* Columns of a block: whole register tiles of every set (16, 32 or 48 columns). The rows of its sums are sixteen floats
+/* A block's columns are whole register tiles of every set (16, 32 or 48). The rows of its sums are sixteen floats
  * further apart, lest they share sets of L1. */
-#define BLOCK_COLS 384
-#define SUMS_COLS (BLOCK_COLS + 16)
-#define MOST_BLOCK_ROWS 512
+#define SUMS_COLS (BN_BLOCK_COLUMNS + 16)
 
 /* A part of c: a unit, or a block of one. */
 typedef struct part {
@@ -145,8 +143,9 @@ static product plan(const bn_micro *micro, int64_t k, factor left, factor right,
     x.sums = next;
     const int64_t room = BN_SCRATCH_BYTES - (next - (char *)scratch), row = SUMS_COLS * (int64_t)sizeof(float);
     const int64_t fitting = room / (row + (left.x == NULL ? 0 : panel / BN_TILE_LANES));
-    const int64_t most = bn_min_i64(bn_cpu_cache_bytes(2) * 2 / 5 / (BLOCK_COLS * (int64_t)sizeof(float)), fitting);
-    x.most_rows = bn_max_i64(bn_min_i64(most, MOST_BLOCK_ROWS) / BN_TILE_ROWS * BN_TILE_ROWS, BN_TILE_ROWS);
+    const int64_t most =
+        bn_min_i64(bn_cpu_cache_bytes(2) * 2 / 5 / (BN_BLOCK_COLUMNS * (int64_t)sizeof(float)), fitting);
+    x.most_rows = bn_max_i64(bn_min_i64(most, BN_BLOCK_ROWS) / BN_TILE_ROWS * BN_TILE_ROWS, BN_TILE_ROWS);
     x.left.room = next + x.most_rows * row;
     return x;
 }
@@ -173,11 +172,12 @@ static void multiply_part(const product *x, part t, bool resume) {
 
 /* The block of unit t at row i and column j of it. */
 static part block_at(const product *x, part t, int64_t i, int64_t j) {
-    return (part){t.top + i, bn_min_i64(t.rows - i, x->most_rows), t.left + j, bn_min_i64(t.cols - j, BLOCK_COLS)};
+    return (part){t.top + i, bn_min_i64(t.rows - i, x->most_rows), t.left + j,
+                  bn_min_i64(t.cols - j, BN_BLOCK_COLUMNS)};
 }
 #define EACH_BLOCK(block, x, t)                                                                                        \
     for (int64_t i_ = 0; i_ < (t).rows; i_ += (x)->most_rows)                                                          \
-        for (int64_t j_ = 0; j_ < (t).cols; j_ += BLOCK_COLS)                                                          \
+        for (int64_t j_ = 0; j_ < (t).cols; j_ += BN_BLOCK_COLUMNS)                                                    \
             for (part block = block_at(x, t, i_, j_), *once_ = &block; once_ != NULL; once_ = NULL)
 
 /* ---- products in floats ------------------------------------------------------------------------------------------ */

@@ -25,11 +25,15 @@ static inline int64_t bn_tile_of(int64_t size, int64_t parts, int64_t multiple) 
     return bn_max_i64(bn_round_up(bn_ceil_div(size, parts), multiple), multiple);
 }
 
-/* Cuts (m, n) into tiles of at most 512 x 384, what the sums of a block in L2 are (cpu/product.c), and halves the
- * longer side until there are three units a worker. */
+/* Rows and columns of a block whose sums stay in a 2 MiB L2 (cpu/product.c). */
+#define BN_BLOCK_ROWS 512
+#define BN_BLOCK_COLUMNS 384
+
+/* Cuts (m, n) into tiles of one block at most, and halves the longer side until there are three units a worker. */
 static inline bn_tiles bn_product_tiles(int64_t m, int64_t n, int64_t k, int workers) {
     const int64_t wanted = workers > 1 ? 3 * (int64_t)workers : 1;
-    int64_t down = bn_max_i64(bn_ceil_div(m, 512), 1), across = bn_max_i64(bn_ceil_div(n, 384), 1);
+    int64_t down = bn_max_i64(bn_ceil_div(m, BN_BLOCK_ROWS), 1);
+    int64_t across = bn_max_i64(bn_ceil_div(n, BN_BLOCK_COLUMNS), 1);
     bn_tiles t = {bn_tile_of(m, down, BN_TILE_ROWS), bn_tile_of(n, across, BN_TILE_COLUMNS), 1, 1};
     while (down * across < wanted && t.tile_m * t.tile_n * k > BN_TILE_WORK) {
         if (t.tile_m > BN_TILE_ROWS && (t.tile_m >= t.tile_n || t.tile_n == BN_TILE_COLUMNS)) {
