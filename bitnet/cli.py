@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("bitnet.train", "train a model; with no flags, a complete small run"),
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
+    "bench": ("bitnet.bench", "speed of generation, beside what memory and processor allow"),
 }
 
 HELP = """\

@@ -171,12 +171,12 @@ class BitNetForCausalLM(nn.Module):
     """A language model: model(tokens) gives logits (B, T, V), model(tokens, targets) the mean loss in nats.
 
     tokens, targets: integers (B, T), targets already shifted by one, -100 where no loss is wanted. Initial weights are
-    a function of (config, seed).
+    a function of (config, seed), and of the factory that makes the parts.
     """
 
-    def __init__(self, config: BitNetConfig, seed: int = 0) -> None:
+    def __init__(self, config: BitNetConfig, seed: int = 0, factory: type[Factory] = Factory) -> None:
         self.config = config
-        make = Factory(config, seed)
+        make = factory(config, seed)
         self.model = BitNetModel(make)
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:

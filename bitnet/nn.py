@@ -214,7 +214,7 @@ class Linear(Module):
     """y = x W^T (+ bias), W (out_features, in_features) f32; initial values N(0, 1 / in_features)."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, weight: Parameter | None = None
+        self, in_features: int, out_features: int, bias: bool = False, weight: Tensor | None = None
     ) -> None:
         if min(in_features, out_features) < 1:
             raise ShapeError(

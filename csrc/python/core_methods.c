@@ -6,6 +6,7 @@
 #include "base/parallel.h"
 #include "base/rng.h"
 #include "cpu/cpu.h"
+#include "cpu/bandwidth.h"
 #include "cpu/peak.h"
 #include "ops/ops.h"
 #include "ops/optimizer.h"
@@ -406,6 +407,14 @@ static PyObject *current_isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(bn_cpu_current_isa());
 }
 
+static PyObject *read_bandwidth(PyObject *module, PyObject *unused) {
+    (void)unused;
+    double rate;
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_cpu_read_bandwidth(&rate));
+    return status == BN_OK ? PyFloat_FromDouble(rate) : bn_raise(bn_state(module), status);
+}
+
 static PyObject *peak(PyObject *module, PyObject *name) {
     static const char *const kinds[BN_PEAK_KINDS] = {"f32", "bf16", "int8"};
     const char *text = PyUnicode_AsUTF8(name);
@@ -514,6 +523,7 @@ PyMethodDef bn_core_methods[] = {
     {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},
     {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Changes no result but those of fast precision."},
     {"current_isa", current_isa, METH_NOARGS, "The instruction set in use."},
+    {"read_bandwidth", read_bandwidth, METH_NOARGS, "Bytes a second that all threads read from memory at most."},
     {"peak", peak, METH_O, "(multiply-adds a second of all threads, name) of a kind: f32, bf16 or int8."},
     {"time_product", time_product, METH_VARARGS,
      "(y, dx or dw; ternary; rows, in, out; repeats): seconds of each run of one product of a linear map."},

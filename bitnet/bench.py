@@ -1,0 +1,163 @@
+"""Speed of generation: the prompt against the peak of the processor, each further token against that of memory.
+
+    bitnet bench runs/nano-stdlib-001
+    bitnet bench --preset 700m --random --prompt 512 --gen 128 --threads 2 --json speed.json
+
+A prompt is limited by multiply-adds and a token by the bytes that it reads: every weight once, and the keys and values
+of the tokens before it. Peak and bandwidth are measured in the same run. Random weights are as fast as trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from bitnet import _core, current_isa, get_threads, mfu, nn, set_threads
+from bitnet.config import PRESETS, BitNetConfig
+from bitnet.decoding import Decoder
+from bitnet.errors import BitnetError, ConfigError
+from bitnet.model import BitNetForCausalLM, Factory
+
+
+class RandomFactory(Factory):
+    """Packed layers of random codes, and matrices of one random row: made in seconds at any size."""
+
+    def matrix(self, name: str, rows: int, cols: int) -> nn.Parameter:
+        row = np.random.default_rng(self.seed).normal(0, self.config.initializer_range, cols)
+        return nn.Parameter(np.broadcast_to(row.astype(np.float32), (rows, cols)).copy())
+
+    def projection(self, name: str, in_features: int, out_features: int) -> nn.Linear:
+        if self.config.linear != "bitlinear":
+            return super().projection(name, in_features, out_features)
+        codes = np.random.default_rng(self.seed).integers(-1, 2, (out_features, in_features), np.int8)
+        weight = _core.prepare_ternary(_core.Tensor(codes), self.config.initializer_range)
+        return nn.BitLinear(in_features, out_features, weight=weight)
+
+
+def step_bytes(model: BitNetForCausalLM, batch: int, length: float) -> float:
+    """Bytes that a step of `batch` sequences reads: weights once, and the cache of `length` tokens of each."""
+    c = model.config
+    packed = sum(layer.in_features * layer.out_features / 4 for _, layer in model.bitlinears() if layer.is_packed)
+    floats = 4 * (model.num_parameters() - (0 if model.lm_head is None else model.model.embed_tokens.weight.size))
+    cache = batch * length * c.num_hidden_layers * 2 * c.kv_heads * c.head_dim * 4
+    return packed + floats + cache
+
+
+def measure(model: BitNetForCausalLM, prompt: int, new: int, batch: int, rounds: int) -> tuple[float, float]:
+    """Median seconds of a prompt and of one further token, of `batch` sequences each."""
+    rng = np.random.default_rng(0)
+    decoder = Decoder(model, batch, prompt + new + 1)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    prompt_seconds, step_seconds = [], []
+    for _ in range(rounds + 1):  # the first is not counted: it records the step and finds its memory
+        decoder.reset()
+        start = perf_counter()
+        decoder.prefill(prompts)
+        prompt_seconds.append(perf_counter() - start)
+        decoder.step([0] * batch)
+        start = perf_counter()
+        for token in range(new):
+            decoder.step([token % model.config.vocab_size] * batch)
+        step_seconds.append((perf_counter() - start) / new)
+    return statistics.median(prompt_seconds[1:]), statistics.median(step_seconds[1:])
+
+
+def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, rounds: int = 3) -> dict[str, Any]:
+    """What `bitnet bench` prints, by name; speeds in tokens a second, of all sequences together."""
+    c = model.config
+    bandwidth, peak = _core.read_bandwidth(), mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
+    prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds)
+    linear_macs = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
+    read = step_bytes(model, batch, prompt + new / 2)
+    return {
+        "prompt_tokens_per_second": batch * prompt / prompt_seconds,
+        "decode_tokens_per_second": batch / step_seconds,
+        "bytes_per_token": read / batch,
+        "read_bandwidth": bandwidth,
+        "decode_bandwidth_share": read / step_seconds / bandwidth,
+        "prompt_peak_share": linear_macs * batch * prompt / prompt_seconds / peak.macs_per_second,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The figures in lines for people."""
+    return "\n".join((
+        f"prompt: {found['prompt_tokens_per_second']:,.1f} tokens/s, "
+        f"{found['prompt_peak_share']:.0%} of the peak in the ternary layers",
+        f"decode: {found['decode_tokens_per_second']:,.1f} tokens/s, {found['bytes_per_token'] / 1e6:,.1f} MB a token, "
+        f"{found['decode_bandwidth_share']:.0%} of the {found['read_bandwidth'] / 1e9:.1f} GB/s that memory gives",
+        f"peak memory: {found['peak_memory_bytes'] / 1e6:,.0f} MB",
+    ))  # fmt: skip
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bitnet bench", description=(__doc__ or "").split("\n\n")[0],
+                                     epilog=(__doc__ or "").split("\n\n")[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a trained run or checkpoint")
+    parser.add_argument("--preset", choices=PRESETS, metavar="P", help=f"instead of a run: {', '.join(PRESETS)}")
+    parser.add_argument("--random", action="store_true", help="with --preset: its weights, random")
+    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
+    parser.add_argument("--gen", type=int, default=128, metavar="N", help="tokens generated (default 128)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="R", help="medians are of these (default 3)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser
+
+
+def load(args: argparse.Namespace) -> BitNetForCausalLM:
+    """The model that is asked for, packed."""
+    if (args.run is None) == (args.preset is None) or args.random != (args.preset is not None):
+        raise ConfigError("bench needs either a run, or --preset P --random")
+    if args.preset is None:
+        from bitnet.checkpoint import from_pretrained
+
+        model = from_pretrained(args.run)
+        model.pack()
+        return model
+    config = BitNetConfig.preset(args.preset)
+    room = max(config.max_position_embeddings, args.prompt + args.gen + 1)
+    return BitNetForCausalLM(config.replace(max_position_embeddings=room), factory=RandomFactory)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
+    args = arguments().parse_args(argv)
+    try:
+        for name in ("prompt", "gen", "batch", "rounds"):
+            if getattr(args, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
+        if args.threads is not None:
+            set_threads(args.threads)
+        model = load(args)
+        print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
+              f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
+        found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
+        print(describe(found))
+        if args.json is not None:
+            settings = {name: value for name, value in vars(args).items() if name != "json"}
+            settings["threads"] = get_threads()
+            args.json.write_text(json.dumps({**found, "isa": current_isa(), "settings": settings}, indent=1) + "\n")
+    except (BitnetError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
