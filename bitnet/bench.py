@@ -13,7 +13,6 @@ import argparse
 import json
 import resource
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -22,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from bitnet import _core, current_isa, get_threads, mfu, nn, set_threads
+from bitnet.command import exit_status
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.decoding import Decoder
-from bitnet.errors import BitnetError, ConfigError
+from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM, Factory
 
 
@@ -135,27 +135,24 @@ def load(args: argparse.Namespace) -> BitNetForCausalLM:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
-    try:
-        for name in ("prompt", "gen", "batch", "rounds"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
-        if args.threads is not None:
-            set_threads(args.threads)
-        model = load(args)
-        print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
-              f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
-        found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
-        print(describe(found))
-        if args.json is not None:
-            settings = {name: value for name, value in vars(args).items() if name != "json"}
-            settings["threads"] = get_threads()
-            args.json.write_text(json.dumps({**found, "isa": current_isa(), "settings": settings}, indent=1) + "\n")
-    except (BitnetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name in ("prompt", "gen", "batch", "rounds"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.threads is not None:
+        set_threads(args.threads)
+    model = load(args)
+    print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
+          f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
+    found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
+    print(describe(found))
+    if args.json is not None:
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        settings["threads"] = get_threads()
+        args.json.write_text(json.dumps({**found, "isa": current_isa(), "settings": settings}, indent=1) + "\n")
     return 0
 
 

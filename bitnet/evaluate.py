@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet import set_threads
-from bitnet.errors import BitnetError, ConfigError
+from bitnet.command import exit_status
+from bitnet.errors import ConfigError
 from bitnet.evaluation import evaluate
 from bitnet.generate import describe
 
@@ -42,18 +43,10 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
-    try:
-        _run(args)
-    except (BitnetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bitnet.checkpoint import from_pretrained
@@ -74,6 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json is not None:
         where = {"run": str(args.run), "step": getattr(model, "step", None), "data": [str(path) for path in args.data]}
         args.json.write_text(json.dumps(result | where, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def table(result: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from bitnet import current_isa, get_threads, set_threads
 from bitnet._core import has_cuda
+from bitnet.command import exit_status
 from bitnet.decoding import TextStream
-from bitnet.errors import BitnetError
 from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 
@@ -48,17 +48,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
-    try:
-        return _run(args)
-    except BrokenPipeError:  # the reader of a pipe has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit may go
-        return 0
-    except (BitnetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run_into_pipe(args))
 
 
 def describe(model: BitNetForCausalLM) -> str:
@@ -66,6 +56,14 @@ def describe(model: BitNetForCausalLM) -> str:
     cuda = "CUDA" if has_cuda() else "no CUDA in this build"
     parameters = f"{model.num_parameters() / 1e6:.1f} M parameters"
     return f"cpu: {current_isa()}, {get_threads()} threads; {cuda}; model: {parameters}"
+
+
+def _run_into_pipe(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except BrokenPipeError:  # the reader of a pipe has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit may go
+        return 0
 
 
 def _run(args: argparse.Namespace) -> int:

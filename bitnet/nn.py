@@ -213,9 +213,7 @@ class TernaryStats:
 class Linear(Module):
     """y = x W^T (+ bias), W (out_features, in_features) f32; initial values N(0, 1 / in_features)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, weight: Tensor | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, weight: Tensor | None = None) -> None:
         if min(in_features, out_features) < 1:
             raise ShapeError(
                 f"{type(self).__name__}: {in_features} inputs and {out_features} outputs; both are at least 1"

@@ -4,11 +4,11 @@
  * instruction sets.
  *
  * A *tile* is 1 KiB: sixteen lanes (rows of the left factor, columns of the right one) by sixteen words along the
- * summed index p. A word is four bytes: one f32, two bf16 or four int8, so a tile covers 16, 32 or 64 values of p. left
- * tile [lane][word]        right tile [word][lane] A *panel* is sixteen lanes over all of p: its tiles lie one after
- * the other. Lanes beyond a factor's last may hold anything; beyond the last p there are zeros. It is the layout of
- * Intel's AMX, and dot products of any width read it just as well: a right tile's row is one or more whole registers, a
- * left tile's word is broadcast.
+ * summed index p. A word is four bytes: one f32, two bf16 or four int8, so a tile covers 16, 32 or 64 values of p. A
+ * left tile is [lane][word], a right one [word][lane]. A *panel* is sixteen lanes over all of p: its tiles lie one
+ * after the other. Lanes beyond a factor's last may hold anything; beyond the last p there are zeros. It is the layout
+ * of Intel's AMX, and dot products of any width read it just as well: a right tile's row is one or more whole
+ * registers, a left tile's word is broadcast.
  */
 #ifndef BN_CPU_MICRO_H
 #define BN_CPU_MICRO_H
