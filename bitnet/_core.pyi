@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol, Self, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
-from typing_extensions import CapsuleType
+from typing_extensions import Buffer, CapsuleType
 
 class ShapeError(ValueError):
     """Tensors whose shapes do not fit an operation."""
@@ -194,7 +194,14 @@ def ternary_stats(weight: Tensor, /) -> tuple[int, int, int, int, float]:
 def ternary_codes(weight: Tensor, /) -> Tensor:
     """i8 (out, in)."""
 
-def prepare_ternary(codes: Tensor, scale: float, /) -> Tensor:
+def prepare_fifths(fifths: Buffer, rows: int, cols: int, scale: float, layout: str = "2", /) -> Tensor:
+    """As prepare_ternary, of codes that come five a byte: row-major, byte j of m = ceil(rows * cols / 5) is the sum
+    over k < 5 of 3^k * (code[j + k m] + 1). ShapeError for another number of bytes, ValueError for a byte above 242."""
+
+def ternary_layout(weight: Tensor, /) -> str | None:
+    """The layout of a prepared weight, None of a latent one."""
+
+def prepare_ternary(codes: Tensor, scale: float, layout: str = "2", /) -> Tensor:
     """i8 (out, in) -> prepared: codes times scale, laid out for products alone. ValueError for other bytes."""
 
 def pack_ternary(codes: Tensor, /) -> Tensor:

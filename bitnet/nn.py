@@ -16,6 +16,7 @@ import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import ShapeError, Tensor
+from bitnet.layout import choose_layout
 
 Histogram = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -137,10 +138,15 @@ class Module:
                     setattr(module, name, child.to_full_precision())
         return self
 
-    def pack(self) -> Module:
-        """Packs every BitLinear below, in place, for inference alone (BitLinear.pack); returns self."""
-        for _, layer in self.bitlinears():
-            layer.pack()
+    def pack(self, layout: str = "auto") -> Module:
+        """Packs every BitLinear below, in place, for inference alone (BitLinear.pack); returns self.
+
+        layout: "2" or "1.6" bits a weight, or "auto", which tries both on this machine if the model is large.
+        """
+        layers = [layer for _, layer in self.bitlinears()]
+        chosen = choose_layout(sum(layer.in_features * layer.out_features for layer in layers), layout)
+        for layer in layers:
+            layer.pack(chosen)
         return self
 
     def extra_repr(self) -> str:
@@ -264,13 +270,13 @@ class BitLinear(Linear):
         """Whether pack() was called."""
         return not isinstance(self.weight, Parameter)
 
-    def pack(self) -> BitLinear:
-        """Keeps, of the weight, the codes in two bits each and the scale: a sixteenth of the memory, the same results.
+    def pack(self, layout: str = "2") -> BitLinear:
+        """Keeps, of the weight, the codes in 2 or 1.6 bits each and the scale: the same results.
 
         The layer cannot be trained any more, and its weight is no Parameter: state_dict() refuses. Returns self.
         """
-        if not self.is_packed:
-            self.weight = _core.prepare_ternary(self.codes(), self.weight_scale)
+        if _core.ternary_layout(self.weight) != layout:
+            self.weight = _core.prepare_ternary(self.codes(), self.weight_scale, layout)
         return self
 
     def to_full_precision(self) -> Linear:

@@ -14,7 +14,7 @@ import pytest
 from bitnet import _core
 
 KINDS = ("int8", "bf16", "f32")
-FEATURES = "fma avx2 avxvnni avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16 amx_int8 amx_bf16 "
+FEATURES = "fma avx2 avxvnni avx512f avx512bw avx512dq avx512vl avx512vnni avx512vbmi avx512bf16 amx_int8 amx_bf16 "
 FEATURES += "neon dotprod i8mm bf16"
 PROGRAM = f"import json; from bitnet import _core; print(json.dumps({{k: _core.peak(k) for k in {KINDS}}}))"
 

@@ -72,6 +72,7 @@ static uint32_t detect(void) {
         {BN_CPU_BIT(AVX512DQ), zmm && b7 >> 17 & 1},
         {BN_CPU_BIT(AVX512VL), zmm && b7 >> 31 & 1},
         {BN_CPU_BIT(AVX512VNNI), zmm && c7 >> 11 & 1},
+        {BN_CPU_BIT(AVX512VBMI), zmm && c7 >> 1 & 1},
         {BN_CPU_BIT(AVX512BF16), zmm && a71 >> 5 & 1},
         {BN_CPU_BIT(AMX_INT8), tile && (d7 >> 24 & d7 >> 25 & 1)},
         {BN_CPU_BIT(AMX_BF16), tile && (d7 >> 24 & d7 >> 22 & 1)},

@@ -16,6 +16,7 @@
     X(AVX512DQ, "avx512dq")                                                                                            \
     X(AVX512VL, "avx512vl")                                                                                            \
     X(AVX512VNNI, "avx512vnni")                                                                                        \
+    X(AVX512VBMI, "avx512vbmi")                                                                                        \
     X(AVX512BF16, "avx512bf16")                                                                                        \
     X(AMX_INT8, "amx_int8")                                                                                            \
     X(AMX_BF16, "amx_bf16")                                                                                            \

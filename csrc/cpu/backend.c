@@ -23,7 +23,7 @@
 extern const bn_kernel_table bn_kernels_scalar;
 #if defined(__x86_64__)
 extern const bn_kernel_table bn_kernels_avx2, bn_kernels_avxvnni;
-extern const bn_kernel_table bn_kernels_avx512vnni, bn_kernels_avx512bf16, bn_kernels_amx;
+extern const bn_kernel_table bn_kernels_avx512vnni, bn_kernels_avx512vbmi, bn_kernels_avx512bf16, bn_kernels_amx;
 #elif defined(__aarch64__)
 extern const bn_kernel_table bn_kernels_neon, bn_kernels_dotprod, bn_kernels_i8mm, bn_kernels_neonbf16;
 #endif
@@ -37,8 +37,10 @@ static const struct {
     {&bn_kernels_avx2, BN_CPU_BIT(AVX2) | BN_CPU_BIT(FMA)},
     {&bn_kernels_avxvnni, BN_CPU_BIT(AVX2) | BN_CPU_BIT(FMA) | BN_CPU_BIT(AVXVNNI)},
     {&bn_kernels_avx512vnni, AVX512},
+    {&bn_kernels_avx512vbmi, AVX512 | BN_CPU_BIT(AVX512VBMI)},
     {&bn_kernels_avx512bf16, AVX512 | BN_CPU_BIT(AVX512BF16)},
-    {&bn_kernels_amx, AVX512 | BN_CPU_BIT(AVX512BF16) | BN_CPU_BIT(AMX_INT8) | BN_CPU_BIT(AMX_BF16)},
+    {&bn_kernels_amx,
+     AVX512 | BN_CPU_BIT(AVX512VBMI) | BN_CPU_BIT(AVX512BF16) | BN_CPU_BIT(AMX_INT8) | BN_CPU_BIT(AMX_BF16)},
 #elif defined(__aarch64__)
     {&bn_kernels_neon, BN_CPU_BIT(NEON)},
     {&bn_kernels_dotprod, BN_CPU_BIT(NEON) | BN_CPU_BIT(DOTPROD)},

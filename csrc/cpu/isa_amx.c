@@ -13,8 +13,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-BN_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16,prfchw")
+BN_TARGET_BEGIN(
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16,"
+    "prfchw")
 
+#define BN_WORDS_VBMI
 #include "cpu/words_avx512.h"
 
 #include "cpu/lanes.inc"

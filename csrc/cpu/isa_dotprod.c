@@ -1,6 +1,6 @@
 /*
  * isa_dotprod.c: integer dot products on 128-bit registers (FEAT_DotProd: Cortex-A75, Neoverse N1, Apple A11 and
- * later): four bytes by four a lane in one instruction (Arm ARM, SDOT). Codes 0..2 are the same signed or unsigned.
+ * later): four bytes by four a lane in one instruction (Arm ARM, SDOT). Bytes 0..127 are the same signed or unsigned.
  */
 #include "cpu/target.h"
 

@@ -121,7 +121,22 @@ static inline vi w_xorshift(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.l
 static inline vi w_load(const int32_t *p) { EACH_LANE(vi, p[i]); }
 static inline void w_store(int32_t *p, vi v) { memcpy(p, v.lane, sizeof v.lane); }
 static inline vi w_sub(vi a, int32_t x) { EACH_LANE(vi, a.lane[i] - x); }
-static inline vi w_two_bits(vi a, int n) { EACH_LANE(vi, (int32_t)(((uint32_t)a.lane[i] >> n) & 0x03030303u)); }
+static inline vi w_bits(vi a, int n, int mask) {
+    const uint32_t kept = 0x01010101u * (uint32_t)mask;
+    EACH_LANE(vi, (int32_t)((n < 0 ? (uint32_t)a.lane[i] << -n : (uint32_t)a.lane[i] >> n) & kept));
+}
+static inline vi w_fives(vi bytes, vi *fifth) {
+    uint8_t x[64], last[64];
+    vi four;
+    memcpy(x, bytes.lane, sizeof x);
+    for (int i = 0; i < 64; i++) {
+        last[i] = (uint8_t)(x[i] / 81);
+        x[i] = (uint8_t)(x[i] % 3 | x[i] / 3 % 3 << 2 | x[i] / 9 % 3 << 4 | x[i] / 27 % 3 << 6);
+    }
+    memcpy(four.lane, x, sizeof x);
+    memcpy(fifth->lane, last, sizeof last);
+    return four;
+}
 static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     int8_t q[4];
     memcpy(q, &quad, sizeof q);
@@ -132,6 +147,7 @@ static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     }
     return acc;
 }
+static inline vi w_dot_u8(vi acc, vi bytes, int32_t quad) { return w_dot(acc, bytes, quad); }
 
 #define F32_ROWS 4
 #define F32_VECTORS 1

@@ -52,7 +52,7 @@ typedef struct bn_micro {
     void (*pack)(const bn_packing *packing);
     void (*move)(const float *from, int64_t from_ld, float *to, int64_t to_ld, int64_t rows, int64_t cols); /* of c */
     /* integers, whose factors are kept in tiles and whose sums are not c: */
-    void (*unpack)(const char *packed, int64_t tiles, char *out); /* of codes */
+    void (*unpack)(bn_code_form form, const char *packed, int64_t tiles, char *out); /* of codes */
 } bn_micro;
 
 /* Values of p in a tile, and tiles that `depth` of them need. */

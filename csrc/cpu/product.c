@@ -51,7 +51,7 @@ void bn_product_block(const bn_micro *micro, const bn_block *block) {
 /* One side of a product: in panels, or packed slice by slice into scratch. */
 typedef struct factor {
     const char *panels;    /* the first one */
-    bool packed;           /* they hold codes in two bits */
+    bn_code_form form;     /* of codes: BN_CODES_8 needs no unpacking */
     int64_t panel_bytes;   /* from one to the next */
     const gemm_operand *x; /* what to pack; NULL: it is in panels */
     bool left;
@@ -87,15 +87,16 @@ static bn_source source_of(const gemm_operand *x) {
 /* Lanes [lane, + lanes) of a slice in panels. */
 static const char *panels_of(const bn_micro *micro, const factor *f, const slice *s, int64_t lane, int64_t lanes,
                              int64_t *panel_bytes) {
-    if (f->x == NULL && !f->packed) {
+    if (f->x == NULL && f->form == BN_CODES_8) {
         *panel_bytes = f->panel_bytes;
         return f->panels + lane / BN_TILE_LANES * f->panel_bytes + s->step * BN_TILE_BYTES;
     }
     *panel_bytes = s->steps * BN_TILE_BYTES;
-    if (f->packed) {
+    if (f->form != BN_CODES_8) {
         for (int64_t i = 0; i < lanes; i += BN_TILE_LANES) {
             const char *panel = f->panels + (lane + i) / BN_TILE_LANES * f->panel_bytes;
-            micro->unpack(panel + s->step * BN_TILE_BYTES / 4, s->steps, f->room + i / BN_TILE_LANES * *panel_bytes);
+            micro->unpack(f->form, panel + bn_code_panel_bytes(f->form, s->step), s->steps,
+                          f->room + i / BN_TILE_LANES * *panel_bytes);
         }
         return f->room;
     }
@@ -131,6 +132,9 @@ typedef struct product {
 static product plan(const bn_micro *micro, int64_t k, factor left, factor right, void *scratch) {
     product x = {.micro = micro, .left = left, .right = right, .k = k, .steps = bn_micro_steps(micro, k)};
     x.most_steps = slice_steps(micro, x.steps);
+    if (right.form == BN_CODES_5) { /* a slice begins where five tiles do */
+        x.most_steps = bn_max_i64(x.most_steps / BN_FIVE_TILES, 1) * BN_FIVE_TILES;
+    }
     const int64_t depth = x.most_steps * bn_micro_depth(micro), panel = x.most_steps * BN_TILE_BYTES;
     char *next = scratch;
     x.left.left = true;
@@ -218,11 +222,9 @@ void bn_product_panels(const bn_micro *micro, const gemm_panels_args *g, int64_t
 void bn_product_bitlinear(const bn_micro *micro, bn_finish_block *finish, const bitlinear_forward_args *a,
                           int64_t begin, int64_t end, void *scratch) {
     const factor q = {.panels = (const char *)a->q, .panel_bytes = a->q_stride / BN_QUANT_PAD * BN_TILE_BYTES};
-    factor codes = in_panels(micro, a->panels, a->k);
-    if (a->form == BN_CODES_2) {
-        codes.packed = true;
-        codes.panel_bytes /= 4;
-    }
+    const factor codes = {.panels = (const char *)a->panels,
+                          .form = a->form,
+                          .panel_bytes = bn_code_panel_bytes(a->form, bn_micro_steps(micro, a->k))};
     const product x = plan(micro, a->k, q, codes, scratch);
     for (int64_t unit = begin; unit < end; unit++) {
         const part whole = unit_of(unit, a->m, a->n, a->tile_m, a->tile_n);

@@ -173,10 +173,35 @@ static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
 }
 #define WORDS2(op, x, y) ((vi){(w8)op((__m256i)(x).a, (__m256i)(y).a), (w8)op((__m256i)(x).b, (__m256i)(y).b)})
 #define SHIFT(x, n) ((vi){(w8)_mm256_srli_epi32((__m256i)(x).a, n), (w8)_mm256_srli_epi32((__m256i)(x).b, n)})
-static inline w8 w_two_bits_8(w8 a, int n) {
-    return (w8)_mm256_and_si256(_mm256_srli_epi16((__m256i)a, n), _mm256_set1_epi8(3));
+static inline w8 w_bits_8(w8 a, int n, int mask) {
+    const __m256i moved = n < 0 ? _mm256_slli_epi32((__m256i)a, -n) : _mm256_srli_epi32((__m256i)a, n);
+    return (w8)_mm256_and_si256(moved, _mm256_set1_epi8((char)mask));
 }
-static inline vi w_two_bits(vi a, int n) { return (vi){w_two_bits_8(a.a, n), w_two_bits_8(a.b, n)}; }
+static inline vi w_bits(vi a, int n, int mask) { return (vi){w_bits_8(a.a, n, mask), w_bits_8(a.b, n, mask)}; }
+
+/* The first four digits as 9 high + low, each half by a table of nine: floor(x / 9) is floor(x * 7282 / 2^16) for
+ * x < 256. */
+static inline w8 w_fives_8(w8 bytes, w8 *fifth) {
+    const __m256i x = (__m256i)bytes, place = _mm256_set1_epi8(81);
+    const __m256i once = _mm256_cmpeq_epi8(_mm256_max_epu8(x, place), x);
+    const __m256i twice = _mm256_cmpeq_epi8(_mm256_max_epu8(x, _mm256_set1_epi8((char)162)), x);
+    *fifth = (w8)_mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(once, twice));
+    const __m256i taken = _mm256_add_epi8(_mm256_and_si256(once, place), _mm256_and_si256(twice, place));
+    const __m256i digits = _mm256_sub_epi8(x, taken);
+    const __m256i ninth = _mm256_set1_epi16(7282), upper = _mm256_set1_epi16((short)0xff00);
+    const __m256i even = _mm256_mulhi_epu16(_mm256_andnot_si256(upper, digits), ninth);
+    const __m256i odd = _mm256_mulhi_epu16(_mm256_and_si256(digits, upper), ninth);
+    const __m256i high = _mm256_or_si256(even, _mm256_and_si256(odd, upper));
+    const __m256i low = _mm256_sub_epi8(digits, _mm256_add_epi8(high, _mm256_slli_epi16(high, 3)));
+    const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0));
+    return (w8)_mm256_or_si256(_mm256_shuffle_epi8(pairs, low), _mm256_slli_epi16(_mm256_shuffle_epi8(pairs, high), 4));
+}
+static inline vi w_fives(vi bytes, vi *fifth) {
+    vi four;
+    four.a = w_fives_8(bytes.a, &fifth->a);
+    four.b = w_fives_8(bytes.b, &fifth->b);
+    return four;
+}
 static inline vi w_set(int32_t x) { return (vi){(w8)_mm256_set1_epi32(x), (w8)_mm256_set1_epi32(x)}; }
 static inline vi w_add(vi x, vi y) { return WORDS2(_mm256_add_epi32, x, y); }
 static inline vi w_mul(vi x, vi y) { return WORDS2(_mm256_mullo_epi32, x, y); }

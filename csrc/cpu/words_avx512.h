@@ -108,11 +108,47 @@ static inline vi w_xorshift(vi a, int n) {
 static inline vi w_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
 static inline void w_store(int32_t *p, vi v) { _mm512_storeu_si512(p, (__m512i)v); }
 static inline vi w_sub(vi x, int32_t y) { return (vi)_mm512_sub_epi32((__m512i)x, _mm512_set1_epi32(y)); }
-static inline vi w_two_bits(vi a, int n) {
-    return (vi)_mm512_and_si512(_mm512_srli_epi32((__m512i)a, (unsigned)n), _mm512_set1_epi8(3));
+static inline vi w_bits(vi a, int n, int mask) {
+    const __m512i moved =
+        n < 0 ? _mm512_slli_epi32((__m512i)a, (unsigned)-n) : _mm512_srli_epi32((__m512i)a, (unsigned)n);
+    return (vi)_mm512_and_si512(moved, _mm512_set1_epi8((char)mask));
 }
 static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(quad));
+}
+static inline vi w_dot_u8(vi acc, vi bytes, int32_t quad) { return w_dot(acc, bytes, quad); }
+
+/* Codes 0..80 in base 3 to two bits a digit. */
+#ifdef BN_WORDS_VBMI
+static const uint8_t digits_in_bits[128] = {
+    0,   1,   2,   4,   5,   6,   8,   9,   10,  16,  17,  18,  20,  21,  22,  24,  25,  26,  32,  33,  34,
+    36,  37,  38,  40,  41,  42,  64,  65,  66,  68,  69,  70,  72,  73,  74,  80,  81,  82,  84,  85,  86,
+    88,  89,  90,  96,  97,  98,  100, 101, 102, 104, 105, 106, 128, 129, 130, 132, 133, 134, 136, 137, 138,
+    144, 145, 146, 148, 149, 150, 152, 153, 154, 160, 161, 162, 164, 165, 166, 168, 169, 170,
+};
+static inline __m512i bits_of_digits(__m512i digits) {
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(digits_in_bits), digits,
+                                    _mm512_loadu_si512(digits_in_bits + 64));
+}
+#else
+/* As 9 high + low, each half by a table of nine: floor(x / 9) is floor(x * 7282 / 2^16) for x < 256. */
+static inline __m512i bits_of_digits(__m512i digits) {
+    const __m512i ninth = _mm512_set1_epi16(7282), upper = _mm512_set1_epi16((short)0xff00);
+    const __m512i even = _mm512_mulhi_epu16(_mm512_andnot_si512(upper, digits), ninth);
+    const __m512i odd = _mm512_mulhi_epu16(_mm512_and_si512(digits, upper), ninth);
+    const __m512i high = _mm512_or_si512(even, _mm512_and_si512(odd, upper));
+    const __m512i low = _mm512_sub_epi8(digits, _mm512_add_epi8(high, _mm512_slli_epi16(high, 3)));
+    const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0));
+    return _mm512_or_si512(_mm512_shuffle_epi8(pairs, low), _mm512_slli_epi16(_mm512_shuffle_epi8(pairs, high), 4));
+}
+#endif
+static inline vi w_fives(vi bytes, vi *fifth) {
+    const __m512i x = (__m512i)bytes, one = _mm512_set1_epi8(1), place = _mm512_set1_epi8(81);
+    const __mmask64 once = _mm512_cmpge_epu8_mask(x, place);
+    const __mmask64 twice = _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8((char)162));
+    *fifth = (vi)_mm512_mask_add_epi8(_mm512_maskz_mov_epi8(once, one), twice, one, one);
+    const __m512i less = _mm512_mask_sub_epi8(x, once, x, place);
+    return (vi)bits_of_digits(_mm512_mask_sub_epi8(less, twice, less, place));
 }
 
 /* Thirty-two 512-bit registers: 24 sums, 3 of the right factor, the rest for addresses in flight. */

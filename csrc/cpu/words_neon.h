@@ -141,12 +141,38 @@ static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
         vst1_u16(p + 4 * i, vshrn_n_u32(vbslq_u32(vceqq_f32(v.q[i], v.q[i]), sum, quiet), 16));
     }
 }
-static inline int32x4_t w_two_bits_4(int32x4_t a, int n) {
+static inline int32x4_t w_bits_4(int32x4_t a, int n, int mask) {
     const uint8x16_t bytes = vshlq_u8(vreinterpretq_u8_s32(a), vdupq_n_s8((int8_t)-n));
-    return vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8(3)));
+    return vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8((uint8_t)mask)));
 }
-static inline vi w_two_bits(vi a, int n) {
-    return (vi){{w_two_bits_4(a.q[0], n), w_two_bits_4(a.q[1], n), w_two_bits_4(a.q[2], n), w_two_bits_4(a.q[3], n)}};
+static inline vi w_bits(vi a, int n, int mask) {
+    return (vi){
+        {w_bits_4(a.q[0], n, mask), w_bits_4(a.q[1], n, mask), w_bits_4(a.q[2], n, mask), w_bits_4(a.q[3], n, mask)}};
+}
+
+/* Digits 0..80 in base 3 to two bits each: 64 of them by one table, the others by a second. */
+static const uint8_t digits_in_bits[96] = {
+    0,   1,   2,   4,   5,   6,   8,   9,   10,  16,  17,  18,  20,  21,  22,  24,  25,  26,  32,  33,  34,
+    36,  37,  38,  40,  41,  42,  64,  65,  66,  68,  69,  70,  72,  73,  74,  80,  81,  82,  84,  85,  86,
+    88,  89,  90,  96,  97,  98,  100, 101, 102, 104, 105, 106, 128, 129, 130, 132, 133, 134, 136, 137, 138,
+    144, 145, 146, 148, 149, 150, 152, 153, 154, 160, 161, 162, 164, 165, 166, 168, 169, 170,
+};
+static inline int32x4_t w_fives_4(int32x4_t bytes, int32x4_t *fifth) {
+    const uint8x16_t x = vreinterpretq_u8_s32(bytes), place = vdupq_n_u8(81);
+    const uint8x16_t once = vcgeq_u8(x, place), twice = vcgeq_u8(x, vdupq_n_u8(162));
+    *fifth = vreinterpretq_s32_u8(vsubq_u8(vsubq_u8(vdupq_n_u8(0), once), twice));
+    const uint8x16_t digits = vsubq_u8(vsubq_u8(x, vandq_u8(once, place)), vandq_u8(twice, place));
+    const uint8x16x4_t low = vld1q_u8_x4(digits_in_bits);
+    const uint8x16x2_t high = vld1q_u8_x2(digits_in_bits + 64);
+    const uint8x16_t first = vqtbl4q_u8(low, digits);
+    return vreinterpretq_s32_u8(vqtbx2q_u8(first, high, vsubq_u8(digits, vdupq_n_u8(64))));
+}
+static inline vi w_fives(vi bytes, vi *fifth) {
+    vi four;
+    for (int i = 0; i < 4; i++) {
+        four.q[i] = w_fives_4(bytes.q[i], &fifth->q[i]);
+    }
+    return four;
 }
 static inline vi w_set(int32_t x) {
     const int32x4_t q = vdupq_n_s32(x);

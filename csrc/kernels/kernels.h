@@ -211,9 +211,22 @@ static inline int64_t bn_code_panels_bytes(int64_t lanes, int64_t p) {
     return bn_round_up(lanes, BN_PANEL_ROWS) * bn_round_up(p, BN_QUANT_PAD);
 }
 
-/* Panels of codes as bytes (bn_code_at), or as four codes a byte: of each sixteen words of a panel, 64 bytes each and
- * four a group, byte j of a group holds byte j of its word n in bits 2 n and 2 n + 1. */
-typedef enum bn_code_form { BN_CODES_8, BN_CODES_2 } bn_code_form;
+/* Panels of codes as bytes (bn_code_at), or denser. Sixteen words of a panel, 64 bytes each, are a *tile*.
+ * BN_CODES_2, four codes a byte: a tile is four groups of four words, and byte j of a group holds byte j of its word n
+ * in bits 2 n and 2 n + 1.
+ * BN_CODES_5, five codes a byte: five tiles are sixteen groups of 64 bytes; byte j of group g is the sum of 3^n * byte
+ * j of word 4 g + n of the first four tiles, n < 4, and 81 * byte j of word g of the fifth. The last tiles, fewer than
+ * five, are as in BN_CODES_2. */
+typedef enum bn_code_form { BN_CODES_8, BN_CODES_2, BN_CODES_5 } bn_code_form;
+enum { BN_FIVE_TILES = 5 };
+
+/* Bytes of the first `tiles` tiles of a panel: where the next one begins, if `tiles` is a multiple of five, or beyond
+ * the last one that is. */
+static inline int64_t bn_code_panel_bytes(bn_code_form form, int64_t tiles) {
+    return form == BN_CODES_8   ? tiles * BN_QUANT_TILE
+           : form == BN_CODES_2 ? tiles * (BN_QUANT_TILE / 4)
+                                : tiles / BN_FIVE_TILES * BN_QUANT_TILE + tiles % BN_FIVE_TILES * (BN_QUANT_TILE / 4);
+}
 
 /* How a factor of a product lies in memory, k being the summed index and a lane an i of a or a j of b. */
 typedef enum bn_layout {
@@ -261,11 +274,15 @@ typedef struct bn_panels {
     bool left;
 } bn_panels;
 
-/* Codes -1, 0, 1 of a weight matrix (rows, cols) to panels for y = x W^T in two bits, what pads them included, and
- * tally[r] = {minus, zero, plus, 0}. Units: groups of BN_PANEL_ROWS rows. */
+/* A weight matrix (rows, cols) of codes to panels for y = x W^T, what pads them included, and tally[r] = {minus, zero,
+ * plus, bad}. The codes come as bytes -1, 0, 1, or as *fifths*: of n = rows * cols codes in row-major order, five a
+ * byte, byte j of m = ceil(n / 5) is the sum over k < 5 of 3^k * (code[j + k m] + 1), places beyond n being 0; bad
+ * counts such bytes above 242 that the row has a part in. Units: groups of BN_PANEL_ROWS rows. */
 typedef struct prepare_codes_args {
     const int8_t *codes;
-    uint8_t *panels; /* bn_code_panels_bytes(rows, cols) / 4 */
+    const uint8_t *fifths; /* where codes is NULL */
+    uint8_t *panels;       /* for each group bn_code_panel_bytes(form, ceil(cols / BN_QUANT_PAD)) */
+    bn_code_form form;     /* not BN_CODES_8 */
     int32_t *tally;
     int64_t rows, cols;
 } prepare_codes_args;

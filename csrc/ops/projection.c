@@ -55,7 +55,7 @@ bn_status bn_projection_prepare(const bn_projection *p) {
 
 /* The integer product of both directions: int8 rows by ternary codes, in panels with `in` and `out` of the product. */
 static bn_status integer_product(const bn_backend *backend, bitlinear_forward_args args) {
-    const bn_tiles tiles = args.m <= BN_FEW_ROWS && args.form == BN_CODES_2
+    const bn_tiles tiles = args.m <= BN_FEW_ROWS && args.form != BN_CODES_8
                                ? bn_few_rows_tiles(args.n)
                                : bn_product_tiles(args.m, args.n, args.k, backend->parallelism());
     args.tile_m = tiles.tile_m;

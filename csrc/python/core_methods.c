@@ -156,19 +156,88 @@ static PyObject *ternary_codes(PyObject *module, PyObject *object) {
     return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
 }
 
+static const struct {
+    const char *name;
+    bn_code_form form;
+} layouts[] = {{"2", BN_CODES_2}, {"1.6", BN_CODES_5}};
+
+static bool parse_layout(const char *name, bn_code_form *form) {
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
+        if (strcmp(name, layouts[i].name) == 0) {
+            *form = layouts[i].form;
+            return true;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "a layout of ternary weights is 2 or 1.6 (bits a weight), not '%s'", name);
+    return false;
+}
+
+static PyObject *prepared_or_raise(PyObject *module, const bn_ternary_source *source, bn_code_form form) {
+    bn_tensor *out;
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_prepare(source, form, &out));
+    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
+}
+
 static PyObject *prepare_ternary(PyObject *module, PyObject *args) {
     PyObject *object;
-    float scale;
-    if (!PyArg_ParseTuple(args, "Of:prepare_ternary", &object, &scale)) {
+    const char *layout = "2";
+    bn_ternary_source source = {0};
+    bn_code_form form;
+    if (!PyArg_ParseTuple(args, "Of|s:prepare_ternary", &object, &source.scale, &layout) ||
+        !parse_layout(layout, &form)) {
         return NULL;
     }
-    bn_tensor *codes = bn_unwrap(bn_state(module), object, "codes"), *out;
+    const bn_tensor *codes = source.codes = bn_unwrap(bn_state(module), object, "codes");
     if (codes == NULL) {
         return NULL;
     }
-    bn_status status;
-    BN_WITHOUT_GIL(status, bn_ternary_prepare(codes, scale, &out));
-    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
+    if (codes->dtype != BN_I8 || codes->ndim != 2) {
+        PyErr_Format(PyExc_TypeError, "a weight is prepared from i8 codes (rows, cols), not from %s with %d dimensions",
+                     bn_dtype_name(codes->dtype), codes->ndim);
+        return NULL;
+    }
+    source.rows = codes->shape[0];
+    source.cols = codes->shape[1];
+    return prepared_or_raise(module, &source, form);
+}
+
+static PyObject *prepare_fifths(PyObject *module, PyObject *args) {
+    Py_buffer bytes;
+    long long rows, cols;
+    const char *layout = "2";
+    bn_ternary_source source = {0};
+    bn_code_form form;
+    if (!PyArg_ParseTuple(args, "y*LLf|s:prepare_fifths", &bytes, &rows, &cols, &source.scale, &layout)) {
+        return NULL;
+    }
+    PyObject *out = NULL;
+    int64_t count;
+    if (rows < 1 || cols < 1 || cols >= 1 << 23 || __builtin_mul_overflow(rows, cols, &count) ||
+        bn_ceil_div(count, 5) != bytes.len) {
+        PyErr_Format(bn_state(module)->shape_error, "%zd bytes are not the fifths of %lld x %lld codes", bytes.len,
+                     rows, cols);
+    } else if (parse_layout(layout, &form)) {
+        source.fifths = bytes.buf;
+        source.rows = rows;
+        source.cols = cols;
+        out = prepared_or_raise(module, &source, form);
+    }
+    PyBuffer_Release(&bytes);
+    return out;
+}
+
+static PyObject *ternary_layout(PyObject *module, PyObject *object) {
+    const bn_tensor *t = ternary_argument(module, object);
+    if (t == NULL || t->dtype != BN_PREPARED) {
+        return t == NULL ? NULL : Py_NewRef(Py_None);
+    }
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
+        if (layouts[i].form == t->ternary->form) {
+            return PyUnicode_FromString(layouts[i].name);
+        }
+    }
+    Py_UNREACHABLE();
 }
 
 static PyObject *pack_ternary(PyObject *module, PyObject *object) {
@@ -504,7 +573,10 @@ PyMethodDef bn_core_methods[] = {
     {"rope_tables", WITH_KEYWORDS(rope_tables), "(cos, sin), each (positions, head_dim / 2), f32."},
     {"ternary_stats", ternary_stats, METH_O, "(minus, zero, plus, flipped, scale) of a latent weight's codes."},
     {"ternary_codes", ternary_codes, METH_O, "The codes -1, 0, 1 of a latent weight as an i8 tensor."},
-    {"prepare_ternary", prepare_ternary, METH_VARARGS, "i8 codes and a scale as a weight for products alone."},
+    {"prepare_ternary", prepare_ternary, METH_VARARGS,
+     "i8 codes, a scale and a layout ('2' or '1.6') as a weight for products alone."},
+    {"prepare_fifths", prepare_fifths, METH_VARARGS, "The same of (fifths, rows, cols, scale, layout)."},
+    {"ternary_layout", ternary_layout, METH_O, "The layout of a prepared weight, None of a latent one."},
     {"pack_ternary", pack_ternary, METH_O, "i8 codes as a ternary2 tensor, four a byte."},
     {"flatten", flatten, METH_O, "Moves parameters into one buffer; returns (flat values, flat gradients)."},
     {"zero_grad", zero_grad, METH_O, "Marks the gradients of tensors as zero."},

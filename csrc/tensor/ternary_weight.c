@@ -79,62 +79,30 @@ bn_status bn_ternary_refresh(bn_tensor *weight) {
     return BN_OK;
 }
 
-static bn_status require_codes(const bn_tensor *codes) {
-    for (int64_t i = 0; i < codes->count; i++) {
-        const int8_t code = bn_i8(codes)[i];
-        if (code < -1 || code > 1) {
-            return bn_fail(BN_ERR_VALUE, "code %lld of a ternary weight is %d, not -1, 0 or 1", (long long)i, code);
-        }
-    }
-    return BN_OK;
-}
-
-static bn_status prepare(const bn_tensor *codes, float scale, bn_ternary *t) {
-    const bn_backend *backend = bn_backend_of(codes);
-    const int64_t rows = codes->shape[0], cols = codes->shape[1];
-    const int64_t panels[] = {bn_code_panels_bytes(rows, cols) / BN_CODES_PER_BYTE}, one[] = {1}, tally[] = {rows, 4};
-    BN_TRY(bn_tensor_new(backend, BN_I8, 1, panels, &t->panels));
-    BN_TRY(bn_tensor_new(backend, BN_F32, 1, one, &t->scale));
-    BN_TRY(bn_tensor_new(backend, BN_I32, 2, tally, &t->tally));
-    BN_TRY(backend->upload(bn_data(t->scale), &scale, sizeof scale));
-    const prepare_codes_args args = {
-        .codes = bn_i8(codes), .panels = bn_data(t->panels), .tally = bn_i32(t->tally), .rows = rows, .cols = cols};
-    return bn_run_prepare_codes(backend, &args, bn_ceil_div(rows, BN_PANEL_ROWS), 1);
-}
-
-bn_status bn_ternary_prepare(const bn_tensor *codes, float scale, bn_tensor **out) {
-    if (codes->dtype != BN_I8 || codes->ndim != 2) {
-        return bn_fail(BN_ERR_DTYPE, "a weight is prepared from i8 codes (rows, cols), not from %s with %d dimensions",
-                       bn_dtype_name(codes->dtype), codes->ndim);
-    }
-    BN_TRY(require_codes(codes));
-    BN_TRY(bn_tensor_new(bn_backend_of(codes), BN_PREPARED, 2, codes->shape, out));
-    bn_ternary *t = calloc(1, sizeof *t);
-    bn_status status = t == NULL ? bn_fail(BN_ERR_MEMORY, "out of memory for a ternary weight") : BN_OK;
-    if (status == BN_OK) {
-        t->form = BN_CODES_2;
-        t->refreshes = 1;
-        (*out)->ternary = t;
-        status = prepare(codes, scale, t);
-    }
-    if (status != BN_OK) {
-        bn_tensor_release(*out);
-    }
-    return status;
-}
-
-static int8_t code_in(const uint8_t *panels, bn_code_form form, int64_t at) {
+/* The code at (row, col) in panels on the host. */
+static int8_t code_in(const uint8_t *panels, bn_code_form form, int64_t row, int64_t col, int64_t tiles) {
+    static const int powers[] = {1, 3, 9, 27, 81};
+    const int64_t lane = row % BN_PANEL_ROWS, tile = col / BN_QUANT_PAD;
+    const int64_t word = col % BN_QUANT_PAD / BN_PANEL_DEPTH, byte = lane * BN_PANEL_DEPTH + col % BN_PANEL_DEPTH;
+    const uint8_t *panel = panels + row / BN_PANEL_ROWS * bn_code_panel_bytes(form, tiles);
     if (form == BN_CODES_8) {
-        return (int8_t)(panels[at] - 1);
+        return (int8_t)(panel[tile * BN_QUANT_TILE + 64 * word + byte] - 1);
     }
-    const int64_t group = at / 256, word = at % 256 / 64; /* four words of 64 bytes share 64 bytes */
-    return (int8_t)((panels[64 * group + at % 64] >> 2 * word & 3) - 1);
+    const int64_t five = tile / BN_FIVE_TILES * BN_FIVE_TILES;
+    if (form == BN_CODES_5 && five + BN_FIVE_TILES <= tiles) {
+        const bool last = tile % BN_FIVE_TILES == BN_FIVE_TILES - 1;
+        const int64_t group = last ? word : 4 * (tile - five) + word / 4;
+        const int digits = panel[bn_code_panel_bytes(form, five) + 64 * group + byte];
+        return (int8_t)(digits / powers[last ? 4 : word % 4] % 3 - 1);
+    }
+    const int bits = panel[bn_code_panel_bytes(form, tile) + 64 * (word / 4) + byte];
+    return (int8_t)((bits >> 2 * (word % 4) & 3) - 1);
 }
 
 bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     BN_TRY(bn_ternary_refresh(weight));
     const bn_ternary *t = weight->ternary;
-    const int64_t rows = weight->shape[0], cols = weight->shape[1], depth = bn_round_up(cols, BN_QUANT_PAD);
+    const int64_t rows = weight->shape[0], cols = weight->shape[1], tiles = bn_ceil_div(cols, BN_QUANT_PAD);
     uint8_t *host = malloc(bn_tensor_bytes(t->panels) + 1);
     if (host == NULL) {
         return bn_fail(BN_ERR_MEMORY, "out of memory for %lld codes", (long long)weight->count);
@@ -145,7 +113,7 @@ bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     }
     for (int64_t r = 0; status == BN_OK && r < rows; r++) {
         for (int64_t c = 0; c < cols; c++) {
-            bn_i8(*out)[r * cols + c] = code_in(host, t->form, bn_code_at(r, c, depth));
+            bn_i8(*out)[r * cols + c] = code_in(host, t->form, r, c, tiles);
         }
     }
     free(host);

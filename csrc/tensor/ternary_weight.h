@@ -28,9 +28,17 @@ typedef struct bn_ternary_stats {
 
 /* weight: f32 (rows, cols), or prepared. On return weight->ternary matches the weight's present values. */
 BN_CHECKED bn_status bn_ternary_refresh(bn_tensor *weight);
-/* Returns new: a weight of dtype prepared, which is codes (i8, values -1, 0, 1, (rows, cols)) times scale in two bits a
- * code, for products that need no gradient. BN_ERR_VALUE names a byte that is no code. */
-BN_CHECKED bn_status bn_ternary_prepare(const bn_tensor *codes, float scale, bn_tensor **out);
+/* Codes of a weight that was quantized elsewhere, in host memory: as i8 (rows, cols), or as fifths (kernels.h,
+ * prepare_codes), of which there are ceil(rows * cols / 5) bytes. */
+typedef struct bn_ternary_source {
+    const bn_tensor *codes; /* or NULL, and */
+    const uint8_t *fifths;
+    int64_t rows, cols;
+    float scale;
+} bn_ternary_source;
+/* Returns new: a weight of dtype prepared, codes times scale in a dense form (two bits or five codes a byte), for
+ * products that need no gradient. BN_ERR_VALUE names a byte that is no code. */
+BN_CHECKED bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form, bn_tensor **out);
 /* Returns new: the codes row by row, i8 (rows, cols), in host memory. */
 BN_CHECKED bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out);
 BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);

@@ -361,9 +361,13 @@ static void test_ternarize(void) {
 }
 
 static void test_prepare_codes(void) {
-    FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70) {
-        LAUNCH(prepare_codes, bn_ceil_div(rows, BN_PANEL_ROWS), small(rows * cols, -1, 3),
-               result_bytes(bn_code_panels_bytes(rows, cols) / 4, 1, 0, 256),
+    FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 17, 64, 70, 330) FOR_EACH(form, BN_CODES_2, BN_CODES_5) {
+        const int64_t groups = bn_ceil_div(rows, BN_PANEL_ROWS);
+        const int64_t bytes = groups * bn_code_panel_bytes((bn_code_form)form, bn_ceil_div(cols, BN_QUANT_PAD));
+        LAUNCH(prepare_codes, groups, small(rows * cols, -1, 3), NULL, result_bytes(bytes, 1, 0, 256),
+               (bn_code_form)form, result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
+        const uint8_t *fifths = (const uint8_t *)small(bn_ceil_div(rows * cols, 5), -128, 256);
+        LAUNCH(prepare_codes, groups, NULL, fifths, result_bytes(bytes, 1, 0, 256), (bn_code_form)form,
                result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
     }
 }

@@ -638,20 +638,24 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     for (int64_t i = 0; i < n * k; i++) {
         codes[i] = (int8_t)(panels[bn_code_at(i / k, i % k, padded)] - 1);
     }
-    const int64_t packed_bytes = bn_code_panels_bytes(n, k) / 4;
-    uint8_t *packed = fenced(packed_bytes);
+    uint8_t *dense[BN_CODES_5 + 1] = {panels};
+    int64_t dense_bytes[BN_CODES_5 + 1] = {0};
+    for (bn_code_form form = BN_CODES_2; form <= BN_CODES_5; form++) {
+        dense_bytes[form] = bn_ceil_div(n, BN_PANEL_ROWS) * bn_code_panel_bytes(form, padded / BN_QUANT_PAD);
+        dense[form] = fenced(dense_bytes[form]);
+    }
     for (int t = 0; t < table_count; t++) {
-        if (tables[t]->prepare_codes != NULL) {
-            const prepare_codes_args pa = {codes, packed, tally, n, k};
+        for (bn_code_form form = BN_CODES_2; tables[t]->prepare_codes != NULL && form <= BN_CODES_5; form++) {
+            const prepare_codes_args pa = {codes, NULL, dense[form], form, tally, n, k};
             EACH_UNIT_BACKWARDS(tables[t]->prepare_codes, &pa, bn_ceil_div(n, BN_PANEL_ROWS))
-            expect(intact(packed, packed_bytes), "prepare_codes", tables[t]->isa, m, n, k, 0);
+            expect(intact(dense[form], dense_bytes[form]), "prepare_codes", tables[t]->isa, m, n, k, (int)form);
         }
-        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 8; s++) {
-            const bn_code_form form = s < 4 ? BN_CODES_8 : BN_CODES_2;
+        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 12; s++) {
+            const bn_code_form form = (bn_code_form)(s / 4);
             const bitlinear_forward_args a = {.q = q,
                                               .act_scale = act_scale,
                                               .row_sum = row_sum,
-                                              .panels = form == BN_CODES_8 ? panels : packed,
+                                              .panels = dense[form],
                                               .form = form,
                                               .weight_scale = &scale,
                                               .y = y,
@@ -668,7 +672,8 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
         }
     }
     release(codes);
-    release(packed);
+    release(dense[BN_CODES_2]);
+    release(dense[BN_CODES_5]);
     void *all[] = {x, w, act_scale, y, expected, q, turned, panels, row_sum, tally};
     for (int i = 0; i < 10; i++) {
         release(all[i]);
@@ -677,10 +682,10 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
 
 static void test_bitlinear(void) {
     static const int64_t ms[] = {1, 2, 4, 7, 17, 49}, ns[] = {1, 15, 16, 17, 31, 33, 48, 97};
-    static const int64_t ks[] = {1, 15, 64, 65, 200};
+    static const int64_t ks[] = {1, 15, 64, 65, 200, 330};
     for (int i = 0; i < 6; i++) {
         for (int j = 0; j < 8; j++) {
-            for (int l = 0; l < 5; l++) {
+            for (int l = 0; l < 6; l++) {
                 test_bitlinear_shape(ms[i], ns[j], ks[l], 64 * (l % 2));
             }
         }
