@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol, Self, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
-from typing_extensions import Buffer, CapsuleType
+from typing_extensions import CapsuleType
 
 class ShapeError(ValueError):
     """Tensors whose shapes do not fit an operation."""
@@ -138,6 +138,9 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
 def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x (..., in), latent weight (out, in) -> (..., out)."""
 
+def compact_linear(x: Tensor, weight: Tensor, top: int = 0) -> Tensor:
+    """x (..., in), compact weight (out, in) -> (..., out)."""
+
 def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantized: bool = False) -> Tensor:
     """x (..., C), weight (C)."""
 
@@ -194,9 +197,15 @@ def ternary_stats(weight: Tensor, /) -> tuple[int, int, int, int, float]:
 def ternary_codes(weight: Tensor, /) -> Tensor:
     """i8 (out, in)."""
 
-def prepare_fifths(fifths: Buffer, rows: int, cols: int, scale: float, layout: str = "2", /) -> Tensor:
+def prepare_fifths(
+    fifths: bytes | memoryview | np.ndarray[Any, Any], rows: int, cols: int, scale: float, layout: str = "2", /
+) -> Tensor:
     """As prepare_ternary, of codes that come five a byte: row-major, byte j of m = ceil(rows * cols / 5) is the sum
     over k < 5 of 3^k * (code[j + k m] + 1). ShapeError for another number of bytes, ValueError for a byte above 242."""
+
+def compact(weight: Tensor, bits: int, screen: bool, /) -> Tensor:
+    """f32 or bf16 (out, in) -> compact: rounded to 8 or 6 bits with a scale for each row. With `screen` it keeps the
+    weight, which must be bf16, and compact_linear can tell the largest outputs of that."""
 
 def ternary_layout(weight: Tensor, /) -> str | None:
     """The layout of a prepared weight, None of a latent one."""

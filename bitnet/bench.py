@@ -25,11 +25,15 @@ from bitnet.command import exit_status
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.decoding import Decoder
 from bitnet.errors import ConfigError
+from bitnet.head import HEADS
+from bitnet.layout import LAYOUTS
 from bitnet.model import BitNetForCausalLM, Factory
 
 
 class RandomFactory(Factory):
     """Packed layers of random codes, and matrices of one random row: made in seconds at any size."""
+
+    layout = "2"
 
     def matrix(self, name: str, rows: int, cols: int) -> nn.Parameter:
         row = np.random.default_rng(self.seed).normal(0, self.config.initializer_range, cols)
@@ -38,18 +42,31 @@ class RandomFactory(Factory):
     def projection(self, name: str, in_features: int, out_features: int) -> nn.Linear:
         if self.config.linear != "bitlinear":
             return super().projection(name, in_features, out_features)
-        codes = np.random.default_rng(self.seed).integers(-1, 2, (out_features, in_features), np.int8)
-        weight = _core.prepare_ternary(_core.Tensor(codes), self.config.initializer_range)
+        fifths = np.random.default_rng(self.seed).integers(0, 243, -(-out_features * in_features // 5), np.uint8)
+        scale = self.config.initializer_range
+        weight = _core.prepare_fifths(fifths, out_features, in_features, scale, self.layout)
         return nn.BitLinear(in_features, out_features, weight=weight)
+
+
+def ternary_codes(model: BitNetForCausalLM) -> int:
+    """Weights of the ternary layers."""
+    return sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
+
+
+def layout_of(model: BitNetForCausalLM) -> str:
+    """Bits of a ternary weight, as it is kept."""
+    return next((_core.ternary_layout(layer.weight) or "8" for _, layer in model.bitlinears()), "no")
 
 
 def step_bytes(model: BitNetForCausalLM, batch: int, length: float) -> float:
     """Bytes that a step of `batch` sequences reads: weights once, and the cache of `length` tokens of each."""
     c = model.config
-    packed = sum(layer.in_features * layer.out_features / 4 for _, layer in model.bitlinears() if layer.is_packed)
-    floats = 4 * (model.num_parameters() - (0 if model.lm_head is None else model.model.embed_tokens.weight.size))
+    ternary = ternary_codes(model) * float(layout_of(model)) / 8 if ternary_codes(model) else 0
+    head = 4 * c.vocab_size * c.hidden_size if model.head is None else model.head.bytes_read()
+    inner = {id(model.head_weight), id(model.model.embed_tokens.weight)}
+    others = sum(4 * parameter.size for parameter in model.parameters() if id(parameter) not in inner)
     cache = batch * length * c.num_hidden_layers * 2 * c.kv_heads * c.head_dim * 4
-    return packed + floats + cache
+    return ternary + head + others + cache
 
 
 def measure(model: BitNetForCausalLM, prompt: int, new: int, batch: int, rounds: int) -> tuple[float, float]:
@@ -76,7 +93,7 @@ def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, round
     c = model.config
     bandwidth, peak = _core.read_bandwidth(), mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
     prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds)
-    linear_macs = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
+    linear_macs = ternary_codes(model)
     read = step_bytes(model, batch, prompt + new / 2)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,
@@ -112,6 +129,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gen", type=int, default=128, metavar="N", help="tokens generated (default 128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="medians are of these (default 3)")
+    parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", metavar="L",
+                        help="bits of a ternary weight: 2, 1.6, or auto, which tries both (default)")  # fmt: skip
+    parser.add_argument("--head", choices=HEADS, default="f32", metavar="H",
+                        help=f"form of the output head: {', '.join(HEADS)} (default f32)")  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser
@@ -124,12 +145,12 @@ def load(args: argparse.Namespace) -> BitNetForCausalLM:
     if args.preset is None:
         from bitnet.checkpoint import from_pretrained
 
-        model = from_pretrained(args.run)
-        model.pack()
-        return model
+        return from_pretrained(args.run).pack(args.layout, args.head)
     config = BitNetConfig.preset(args.preset)
     room = max(config.max_position_embeddings, args.prompt + args.gen + 1)
-    return BitNetForCausalLM(config.replace(max_position_embeddings=room), factory=RandomFactory)
+    random = type("RandomFactory", (RandomFactory,), {"layout": "2" if args.layout == "auto" else args.layout})
+    model = BitNetForCausalLM(config.replace(max_position_embeddings=room), factory=random)
+    return model.pack(args.layout, args.head)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,12 +167,13 @@ def _run(args: argparse.Namespace) -> int:
         set_threads(args.threads)
     model = load(args)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
+          f"{layout_of(model)} bits a ternary weight, head {args.head}; "
           f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
     found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
     print(describe(found))
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        settings["threads"] = get_threads()
+        settings |= {"threads": get_threads(), "layout": layout_of(model)}
         args.json.write_text(json.dumps({**found, "isa": current_isa(), "settings": settings}, indent=1) + "\n")
     return 0
 

@@ -16,6 +16,7 @@ from typing import Any
 from bitnet import nn, ops
 from bitnet._core import ShapeError, Tensor
 from bitnet.config import BitNetConfig
+from bitnet.head import Head
 
 
 class KVCache:
@@ -178,6 +179,7 @@ class BitNetForCausalLM(nn.Module):
         self.config = config
         make = factory(config, seed)
         self.model = BitNetModel(make)
+        self.head: Head | None = None  # another form of the output matrix, after pack()
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             weight = make.matrix("lm_head", config.vocab_size, config.hidden_size)
@@ -201,6 +203,22 @@ class BitNetForCausalLM(nn.Module):
         """The output matrix (V, C): lm_head's, or the embedding's where they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def pack(self, layout: str = "auto", head: str = "f32") -> BitNetForCausalLM:
+        """Packs the ternary layers (Module.pack) and gives the output head a form of bitnet.head; returns self.
+
+        With "f32" the logits stay those of training, bit for bit. In every other form the matrix is rounded to bf16
+        first, with the embedding where they are tied. ValueError for a form that the head cannot have.
+        """
+        super().pack(layout)
+        if self.config.quantize_head:
+            if head != "f32":
+                raise ValueError(f"this model's head is ternary: it has no form {head}")
+            return self
+        self.head = Head(self.head_weight, head)
+        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        owner.weight = self.head.exact
+        return self
+
     def head_input(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
         """What the output head reads: hidden states after the final norm, (B, T, C)."""
         hidden: Tensor = self.model(tokens, cache)
@@ -208,8 +226,10 @@ class BitNetForCausalLM(nn.Module):
         inner = c.quantize_head and c.use_rms_norm
         return ops.rmsnorm(hidden, None, c.rms_norm_eps) if inner else hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> (..., V)."""
+    def logits(self, hidden: Tensor, top: int | None = None) -> Tensor:
+        """hidden (..., C) -> (..., V). top: a screened head may give -infinity but for each row's `top` largest."""
+        if self.head is not None:
+            return self.head.logits(hidden, top)
         head = ops.bitlinear if self.config.quantize_head else ops.linear
         return head(hidden, self.head_weight)
 

@@ -95,8 +95,9 @@ class Module:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of all parameters as f32 arrays by name. TypeError if a layer is packed: it has no latent weights."""
-        for path, layer in self.bitlinears():
-            if layer.is_packed:
+        for path, module in self.named_modules():
+            weight = vars(module).get("weight")
+            if isinstance(weight, Tensor) and not isinstance(weight, Parameter):
                 raise TypeError(f"state_dict: {path or 'this layer'} is packed and has no latent weights to give")
         return {name: parameter.numpy(copy=True) for name, parameter in self.named_parameters()}
 
@@ -305,8 +306,8 @@ class RMSNorm(Module):
 class Embedding(Module):
     """Rows of a table (num_embeddings, embedding_dim); initial values N(0, 1)."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, weight: Parameter | None = None) -> None:
-        self.weight = normal((num_embeddings, embedding_dim), 1.0) if weight is None else weight
+    def __init__(self, num_embeddings: int, embedding_dim: int, weight: Tensor | None = None) -> None:
+        self.weight: Tensor = normal((num_embeddings, embedding_dim), 1.0) if weight is None else weight
 
     def forward(self, tokens: ops.Integers) -> Tensor:
         """tokens (...) integers -> (..., embedding_dim)."""

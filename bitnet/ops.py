@@ -85,13 +85,25 @@ def _integers(values: Integers) -> Tensor:
 
 
 def embedding(tokens: Integers, weight: Tensor) -> Tensor:
-    """Rows of a table: tokens (...), weight (V, C) -> (..., C). IndexError for a token outside [0, V)."""
+    """Rows of a table, f32 or bf16: tokens (...), weight (V, C) -> (..., C). IndexError for a token outside [0, V)."""
     return _core.embedding(_integers(tokens), weight)
 
 
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """y = x W^T (+ residual) in f32: x (..., in), weight (out, in) -> (..., out), which is residual's shape."""
+    """y = x W^T (+ residual) in f32: x (..., in), weight (out, in) -> (..., out), which is residual's shape.
+
+    Without gradient and residual the weight may be bf16, which gives the bits of the same values in f32.
+    """
     return _core.linear(x, weight, residual)
+
+
+def compact_linear(x: Tensor, weight: Tensor, top: int = 0) -> Tensor:
+    """x W^T of a compact weight (out, in), with x (..., in) rounded to sixteen bits -> (..., out). Forward only.
+
+    top > 0, of a weight made as a screen: the very outputs of the bf16 matrix it was made of, but -infinity where the
+    rounded product and the bound of its error show that an output is not among the `top` largest of its row.
+    """
+    return _core.compact_linear(x, weight, top)
 
 
 def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -36,6 +36,17 @@ def test_bytes_by_hand(tied: bool) -> None:
     assert step_bytes(model, 3, 10) == ternary / 4 + 4 * (norms + 100 * 64) + cache
 
 
+@pytest.mark.parametrize(
+    ("head", "bits", "row"), [("bf16", 16, 0), ("int8", 8, 4), ("int6", 6, 4), ("screened", 8, 16)]
+)
+def test_bytes_of_other_forms(head: str, bits: int, row: int) -> None:
+    model = BitNetForCausalLM(SMALL, factory=RandomFactory)
+    before = step_bytes(model, 1, 10)
+    ternary = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
+    model.pack("1.6", head)
+    assert before - step_bytes(model, 1, 10) == pytest.approx(ternary * 0.4 / 8 + 100 * (64 * (32 - bits) / 8 - row))
+
+
 def test_random_weights_are_packed_and_finite() -> None:
     model = BitNetForCausalLM(SMALL, factory=RandomFactory)
     assert all(layer.is_packed for _, layer in model.bitlinears())
@@ -44,7 +55,8 @@ def test_random_weights_are_packed_and_finite() -> None:
 
 def test_figures_of_a_run_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = checkpoint.save(tmp_path, 1, BitNetForCausalLM(SMALL), {}, {"step": 1})
-    options = ["--prompt", "9", "--gen", "5", "--batch", "2", "--rounds", "1", "--threads", "1"]
+    options = ["--prompt", "9", "--gen", "5", "--batch", "2", "--rounds", "1", "--threads", "1", "--layout", "1.6",
+               "--head", "screened"]  # fmt: skip
     assert main([str(run), *options, "--json", str(tmp_path / "speed.json")]) == 0
     printed = capsys.readouterr().out
     assert "prompt: " in printed
@@ -53,7 +65,7 @@ def test_figures_of_a_run_agree(tmp_path: Path, capsys: pytest.CaptureFixture[st
     steps = found["decode_tokens_per_second"] / 2
     share = found["bytes_per_token"] * 2 * steps / found["read_bandwidth"]
     assert found["decode_bandwidth_share"] == pytest.approx(share)
-    assert found["settings"]["batch"] == 2
+    assert (found["settings"]["batch"], found["settings"]["layout"]) == (2, "1.6")
 
 
 @pytest.mark.parametrize(

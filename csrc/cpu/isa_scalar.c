@@ -103,6 +103,17 @@ static inline vf v_load_bf16(const uint16_t *p) {
     }
     return r;
 }
+static inline vf bits_kept(vf v, int shift, uint32_t kept) {
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits;
+        memcpy(&bits, &v.lane[i], sizeof bits);
+        bits = bits << shift & kept;
+        memcpy(&v.lane[i], &bits, sizeof bits);
+    }
+    return v;
+}
+static inline vf v_low_bf16(vf v) { return bits_kept(v, 16, 0xffffffffu); }
+static inline vf v_high_bf16(vf v) { return bits_kept(v, 0, 0xffff0000u); }
 static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
     for (int i = 0; i < 16; i++) {
         uint32_t bits;

@@ -161,6 +161,12 @@ static inline __m256 load_bf16_8(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 static inline vf v_load_bf16(const uint16_t *p) { return (vf){load_bf16_8(p), load_bf16_8(p + 8)}; }
+static inline __m256 low_bf16(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+static inline __m256 high_bf16(__m256 x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32((int)0xffff0000)));
+}
+static inline vf v_low_bf16(vf x) { return BOTH(low_bf16, x); }
+static inline vf v_high_bf16(vf x) { return BOTH(high_bf16, x); }
 static inline __m256i add_to_bf16_8(__m256 v, w8 r) {
     const __m256i bits = _mm256_castps_si256(v), quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));

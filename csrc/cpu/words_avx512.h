@@ -90,6 +90,10 @@ static inline vf v_load_bf16(const uint16_t *p) {
     const __m256i halves = _mm256_loadu_si256((const __m256i *)(const void *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+static inline vf v_low_bf16(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+static inline vf v_high_bf16(vf x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000)));
+}
 static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
     const __m512i bits = _mm512_castps_si512(v), quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __m512i sum = _mm512_add_epi32(bits, (__m512i)r);

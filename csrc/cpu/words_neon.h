@@ -134,6 +134,14 @@ static inline float32x4_t load_bf16_4(const uint16_t *p) { return vreinterpretq_
 static inline vf v_load_bf16(const uint16_t *p) {
     return (vf){{load_bf16_4(p), load_bf16_4(p + 4), load_bf16_4(p + 8), load_bf16_4(p + 12)}};
 }
+static inline float32x4_t low_bf16(float32x4_t x) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 16));
+}
+static inline float32x4_t high_bf16(float32x4_t x) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0xffff0000u)));
+}
+static inline vf v_low_bf16(vf x) { return EACH(vf, low_bf16, x); }
+static inline vf v_high_bf16(vf x) { return EACH(vf, high_bf16, x); }
 static inline void v_store_bf16(uint16_t *p, vf v, vi r) {
     for (int i = 0; i < 4; i++) {
         const uint32x4_t bits = vreinterpretq_u32_f32(v.q[i]), quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));

@@ -173,10 +173,11 @@ typedef struct index_check_args {
     bool has_ignore;
 } index_check_args;
 
-/* y[r, :] = table[index[r], :]. Units: rows of y. */
+/* y[r, :] = table[index[r], :]; the table is f32 or bf16. Units: rows of y. */
 typedef struct embedding_forward_args {
     const int32_t *index;
-    const float *table;
+    const void *table;
+    bn_dtype dtype;
     float *y;
     int64_t rows, C, V;
 } embedding_forward_args;
@@ -261,6 +262,86 @@ typedef struct gemm_args {
  * exact. The sum is in f32 in an order that depends on the instruction set, but on nothing else: not on tiles or
  * threads. */
 typedef gemm_args gemm_bf16_args;
+
+/* ---- the output head in inference ---- */
+
+/* y[i, j] = sum over p of x[i, p] * w[j, p] for a bf16 matrix w (n, k) as it lies in memory, SEQUENTIAL in p: the bits
+ * of gemm of w widened to f32. With `rows`, only for the j that it names: w and y are as without, unit u has rows[16 u
+ * ..]. Units: groups of 16 rows of w, n or `rows` of them in all. */
+typedef struct linear_bf16_args {
+    const float *x;
+    const uint16_t *w;
+    float *y;
+    const int32_t *rows; /* NULL: all */
+    int64_t m, n, k;     /* n: rows of w, or entries of `rows` */
+    int64_t ldy;
+} linear_bf16_args;
+
+/* An output matrix in 8 or 6 bits a weight: w[j, p] is about scale[j] * (byte - BN_COMPACT_ZERO(bits)). A tile of
+ * sixteen rows by 64 columns is sixteen words as in panels of codes (bn_code_at); in 8 bits as it is, in 6 bits each
+ * four words are 192 bytes: the lower halves of words 0 and 1 (one in each half of a byte), those of words 2 and 3, and
+ * the upper two bits of word n in bits 2 n and 2 n + 1. */
+#define BN_COMPACT_ZERO(bits) (1 << ((bits)-1))
+static inline int64_t bn_compact_tile_bytes(int bits) { return BN_QUANT_TILE / 8 * bits; }
+static inline int64_t bn_compact_bytes(int64_t rows, int64_t cols, int bits) {
+    return bn_ceil_div(rows, BN_PANEL_ROWS) * bn_ceil_div(cols, BN_QUANT_PAD) * bn_compact_tile_bytes(bits);
+}
+/* Terms of a sum of byte * int8: 2^16 * 255 * 128 < 2^31. */
+#define BN_COMPACT_MOST_COLS (1 << 16)
+
+/* Rounds rows of w (rows, cols), f32 or bf16: scale = max(absmax, 1e-30) / most with most = 127 or 31, q = rint(w /
+ * that). norms[r] = {of what is lost, |w - scale q|, of what is kept, |scale q|}: euclidean, rounded up by at least the
+ * error of their own sums. A row that is not finite has infinite norms and q = 0. Units: groups of 16 rows. */
+typedef struct compact_rows_args {
+    const void *w;
+    bn_dtype dtype;
+    int bits;
+    uint8_t *panels;
+    float *scale, *norms;
+    int64_t rows, cols;
+} compact_rows_args;
+
+/* Activations in two int8 each: a = 32512 / max(absmax, 1e-30), x * a is about 256 high + low, rounded to nearest even,
+ * low in -128 .. 127; act_scale = 1 / a; sums of high and of low; and {X, Y}: what the error of a product is bounded by
+ * (screen). high and low lie side by side: row r of high at 2 r, of low at 2 r + 1, each `stride` bytes, a multiple of
+ * BN_QUANT_PAD, zeros at the end. A row that is not finite has act_scale NaN and zeros. Units: rows. */
+typedef struct bn_split_rows {
+    int8_t *q;
+    float *act_scale, *bound;
+    int32_t *sums; /* {of high, of low} */
+    int64_t stride;
+} bn_split_rows;
+typedef struct split_rows_args {
+    const float *x;
+    bn_split_rows out;
+    int64_t rows, cols;
+} split_rows_args;
+
+/* y[i, j] = fma(H, 256, L) * (act_scale[i] * scale[j]), H and L the integer sums of high and low by q, as floats.
+ * Units: groups of 16 rows of the matrix. */
+typedef struct compact_forward_args {
+    bn_split_rows x;
+    const uint8_t *panels;
+    const float *scale;
+    int bits;
+    float *y;
+    int64_t m, n, k;
+} compact_forward_args;
+
+/* Which outputs of a product by bf16 rows may be among its `top` largest, told from the same product by compact ones.
+ * In row i, output j of linear_bf16 is within e = norms[j, 0] * X[i] + norms[j, 1] * Y[i] of y[i, j]:
+ *   |w.x - q.(x + d)| <= |w - q| |x| + |q| |d|, |d| <= 0.51 sqrt(cols) act_scale, and every sum of `cols` products in
+ * f32 is within cols 2^-24 / (1 - cols 2^-24) |w| |x| of its own (Higham 2002, section 3.1); X = (1 + 2^-10) |x| (1 +
+ * that), Y = (1 + 2^-10) (|d| + |x| (that + 2^-17)). Candidates are those j with y + e >= the `top`-th largest y - e;
+ * or all, where that is no number. Their list goes to candidates[i, ..] in ascending order, its length to counts[i],
+ * and y[i, j] becomes -infinity. Units: rows. */
+typedef struct screen_args {
+    float *y;
+    const float *norms, *bound;
+    int32_t *candidates, *counts;
+    int64_t m, n, top;
+} screen_args;
+#define BN_SCREEN_MOST (BN_SCRATCH_BYTES / (int64_t)sizeof(float))
 
 /* Bytes that hold a factor of `lanes` by `depth` in panels (cpu/micro.h) on any instruction set, sixteen lanes by
  * sixteen values of p to a KiB; where a word holds two values, half of them stay untouched. */

@@ -4,7 +4,7 @@
 static bn_status forward(bn_node *n) {
     const bn_tensor *tokens = n->inputs[0], *weight = n->inputs[1];
     BN_TRY(bn_require_index("embedding", "token", tokens, weight->shape[0], NULL));
-    const embedding_forward_args args = {bn_i32(tokens), bn_f32(weight),   bn_f32(n->output),
+    const embedding_forward_args args = {bn_i32(tokens), bn_data(weight),  weight->dtype,   bn_f32(n->output),
                                          tokens->count,  weight->shape[1], weight->shape[0]};
     return bn_run_embedding_forward(bn_backend_of(weight), &args, args.rows, 16);
 }
@@ -27,7 +27,9 @@ const bn_op bn_op_embedding = {"embedding", forward, backward};
 
 bn_status bn_embedding(bn_tensor *tokens, bn_tensor *weight, bn_tensor **out) {
     BN_TRY(bn_require_dtype("embedding", "tokens", tokens, BN_I32));
-    BN_TRY(bn_require_dtype("embedding", "weight", weight, BN_F32));
+    if (weight->dtype != BN_BF16) {
+        BN_TRY(bn_require_dtype("embedding", "weight", weight, BN_F32));
+    }
     BN_TRY(bn_require_ndim("embedding", "weight", weight, 2));
     if (tokens->ndim == BN_MAX_DIMS) {
         return bn_fail(BN_ERR_SHAPE, "embedding: tokens have %d dimensions, at most %d", tokens->ndim, BN_MAX_DIMS - 1);

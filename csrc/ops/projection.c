@@ -18,10 +18,11 @@ bn_status bn_projection_check(const char *op, const bn_projection *p) {
     if (!p->ternary || x->dtype != BN_Q8) {
         BN_TRY(bn_require_dtype(op, "x", x, BN_F32));
     }
-    if (!p->ternary || weight->dtype != BN_PREPARED) {
+    if (weight->dtype != (p->ternary ? BN_PREPARED : BN_BF16)) {
         BN_TRY(bn_require_dtype(op, "weight", weight, BN_F32));
     } else if (bn_wants_grad((bn_tensor *const[]){p->x}, 1)) {
-        return bn_fail(BN_ERR_STATE, "%s: a prepared weight passes no gradient back to x; use it under no_grad()", op);
+        return bn_fail(BN_ERR_STATE, "%s: a %s weight passes no gradient back to x; use it under no_grad()", op,
+                       bn_dtype_name(weight->dtype));
     }
     BN_TRY(bn_require_ndim(op, "weight", weight, 2));
     BN_TRY(bn_require_same_device(op, x, weight));
@@ -83,10 +84,52 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
                                                                          .q_stride = stride});
 }
 
+/* Rows of a bf16 weight that are widened at a time: some ten MB. */
+enum { WIDENED = 1024 };
+
+/* A bf16 weight has the bits of the same values in f32. Few rows of x read it where it lies; for many it is widened. */
+static bn_status bf16_forward(const bn_projection *p, int64_t first, int64_t rows, float *y) {
+    const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
+    const bn_backend *backend = bn_backend_of(p->x);
+    const float *x = bn_f32(p->x) + first * in;
+    if (rows <= BN_FEW_ROWS) {
+        const linear_bf16_args args = {
+            .x = x, .w = bn_data(p->weight), .y = y, .m = rows, .n = out, .k = in, .ldy = out};
+        return bn_run_linear_bf16(backend, &args, bn_ceil_div(out, 16), 1);
+    }
+    bn_storage *wide;
+    BN_TRY(bn_storage_new(backend, (size_t)(WIDENED * in) * sizeof(float), &wide));
+    bn_status status = BN_OK;
+    for (int64_t row = 0; status == BN_OK && row < out; row += WIDENED) {
+        const int64_t now = bn_min_i64(out - row, WIDENED);
+        const convert_args widen = {.src = (const uint16_t *)bn_data(p->weight) + row * in,
+                                    .dst = wide->data,
+                                    .n = now * in,
+                                    .src_dtype = BN_BF16,
+                                    .dst_dtype = BN_F32};
+        status = bn_run_convert(backend, &widen, bn_blocks(widen.n), 4);
+        if (status == BN_OK) {
+            const gemm_args args = {.a = {.data = x, .row_stride = in, .col_stride = 1, .dtype = BN_F32},
+                                    .b = {.data = wide->data, .row_stride = 1, .col_stride = in, .dtype = BN_F32},
+                                    .c = y + row,
+                                    .m = rows,
+                                    .n = now,
+                                    .k = in,
+                                    .ldc = out};
+            status = bn_launch_gemm(backend, BN_EXACT, args);
+        }
+    }
+    bn_storage_release(wide);
+    return status;
+}
+
 bn_status bn_projection_forward(const bn_projection *p, bn_precision precision, int64_t first, int64_t rows,
                                 const float *residual, float *y) {
     if (p->ternary) {
         return ternary_forward(p, first, rows, residual, y);
+    }
+    if (p->weight->dtype == BN_BF16 && residual == NULL) {
+        return bf16_forward(p, first, rows, y);
     }
     const int64_t in = bn_projection_in(p), out = bn_projection_out(p);
     if (residual != NULL) {

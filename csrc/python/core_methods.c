@@ -12,6 +12,7 @@
 #include "ops/optimizer.h"
 #include "ops/time_product.h"
 #include "quant/ternary.h"
+#include "tensor/compact.h"
 #include "tensor/ternary_weight.h"
 
 static PyObject *none_or_raise(PyObject *module, bn_status status) {
@@ -225,6 +226,21 @@ static PyObject *prepare_fifths(PyObject *module, PyObject *args) {
     }
     PyBuffer_Release(&bytes);
     return out;
+}
+
+static PyObject *compact(PyObject *module, PyObject *args) {
+    PyObject *object;
+    int bits, screen;
+    if (!PyArg_ParseTuple(args, "Oip:compact", &object, &bits, &screen)) {
+        return NULL;
+    }
+    bn_tensor *weight = bn_unwrap(bn_state(module), object, "weight"), *out;
+    if (weight == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_compact_make(weight, bits, screen != 0, &out));
+    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
 }
 
 static PyObject *ternary_layout(PyObject *module, PyObject *object) {
@@ -576,6 +592,7 @@ PyMethodDef bn_core_methods[] = {
     {"prepare_ternary", prepare_ternary, METH_VARARGS,
      "i8 codes, a scale and a layout ('2' or '1.6') as a weight for products alone."},
     {"prepare_fifths", prepare_fifths, METH_VARARGS, "The same of (fifths, rows, cols, scale, layout)."},
+    {"compact", compact, METH_VARARGS, "An output matrix in 8 or 6 bits a weight; with screen, beside its exact form."},
     {"ternary_layout", ternary_layout, METH_O, "The layout of a prepared weight, None of a latent one."},
     {"pack_ternary", pack_ternary, METH_O, "i8 codes as a ternary2 tensor, four a byte."},
     {"flatten", flatten, METH_O, "Moves parameters into one buffer; returns (flat values, flat gradients)."},

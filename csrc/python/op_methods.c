@@ -72,6 +72,13 @@ BINARY(matmul, "a", "b")
 LINEAR_MAP(linear)
 LINEAR_MAP(bitlinear)
 
+static PyObject *op_compact_linear(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"x", "weight", "top", NULL};
+    long long top = 0;
+    PARSE("OO|L:compact_linear", 2, 2, &o[0], &o[1], &top);
+    RUN(module, bn_compact_linear(t[0], t[1], top, &result));
+}
+
 #define GATE(op)                                                                                                       \
     static PyObject *op_##op(PyObject *module, PyObject *args, PyObject *kwargs) {                                     \
         static char *names[] = {"gate", "up", "quantized", NULL};                                                      \

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "tensor/compact.h"
 #include "tensor/quantized.h"
 #include "tensor/ternary_weight.h"
 
@@ -95,6 +96,7 @@ void bn_tensor_release(bn_tensor *tensor) {
     bn_tensor_release(tensor->grad);
     bn_ternary_free(tensor->ternary);
     bn_quantized_free(tensor->quantized);
+    bn_compact_free(tensor->compact);
     bn_storage_release(tensor->storage);
     free(tensor);
 }

@@ -12,6 +12,7 @@
 typedef struct bn_tape bn_tape;
 typedef struct bn_ternary bn_ternary;     /* ternary_weight.h */
 typedef struct bn_quantized bn_quantized; /* quantized.h */
+typedef struct bn_compact bn_compact;     /* compact.h */
 
 typedef struct bn_tensor {
     atomic_int references;
@@ -33,6 +34,7 @@ typedef struct bn_tensor {
 
     bn_ternary *ternary; /* this weight's ternary codes, prepared for dot products; NULL unless a bitlinear read it */
     bn_quantized *quantized; /* this activation's int8 form; NULL unless a bitlinear read it */
+    bn_compact *compact;     /* what an output matrix of dtype compact is */
 } bn_tensor;
 
 /* Returns new, contents undefined. Refuses negative or overflowing sizes and more than BN_MAX_DIMS dimensions. */

@@ -113,6 +113,18 @@ static int8_t *small(int64_t n, int low, uint32_t span) {
     return p;
 }
 
+/* bf16 of moderate size: the upper halves of reals. */
+static uint16_t *halves(int64_t n) {
+    const float *from = reals(n);
+    uint16_t *p = take(size_of(n, sizeof *p), 0xFF);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        p[i] = (uint16_t)(bits >> 16);
+    }
+    return p;
+}
+
 /* Outputs begin with contents of their own, so that accumulating and overwriting differ. */
 static float *result(int64_t n) {
     float *p = register_output(size_of(n, sizeof *p), true);
@@ -255,7 +267,10 @@ static void test_index_check(void) {
 }
 
 static void test_embedding_forward(void) {
-    FOR_EACH_WIDTH(C) { LAUNCH(embedding_forward, 9, indices(9, 5), reals(5 * C), result(9 * C), 9, C, 5); }
+    FOR_EACH_WIDTH(C) {
+        LAUNCH(embedding_forward, 9, indices(9, 5), reals(5 * C), BN_F32, result(9 * C), 9, C, 5);
+        LAUNCH(embedding_forward, 9, indices(9, 5), halves(5 * C), BN_BF16, result(9 * C), 9, C, 5);
+    }
 }
 
 static void test_embedding_backward(void) {
@@ -369,6 +384,56 @@ static void test_prepare_codes(void) {
         const uint8_t *fifths = (const uint8_t *)small(bn_ceil_div(rows * cols, 5), -128, 256);
         LAUNCH(prepare_codes, groups, NULL, fifths, result_bytes(bytes, 1, 0, 256), (bn_code_form)form,
                result_bytes(4 * rows, sizeof(int32_t), 0, 256), rows, cols);
+    }
+}
+
+static void test_linear_bf16(void) {
+    FOR_EACH(m, 1, 2, 3, 6) FOR_EACH(n, 1, 16, 37) FOR_EACH(k, 1, 31, 64, 75) {
+        LAUNCH(linear_bf16, bn_ceil_div(n, 16), reals(m * k), halves(n * k), result(m * n), NULL, m, n, k, n);
+        const int32_t some[] = {0, (int32_t)(n - 1)}, count = n > 1 ? 2 : 1;
+        LAUNCH(linear_bf16, 1, reals(m * k), halves(n * k), result(m * (n + 3)), some, m, count, k, n + 3);
+    }
+}
+
+static void test_compact_rows(void) {
+    FOR_EACH(rows, 1, 16, 19) FOR_EACH(cols, 1, 63, 64, 130) FOR_EACH(bits, 6, 8) FOR_EACH(dtype, BN_F32, BN_BF16) {
+        const void *w = dtype == BN_BF16 ? (void *)halves(rows * cols)
+                        : cols == 63     ? (void *)wild(rows * cols)
+                                         : (void *)reals(rows * cols);
+        LAUNCH(compact_rows, bn_ceil_div(rows, BN_PANEL_ROWS), w, (bn_dtype)dtype, (int)bits,
+               result_bytes(bn_compact_bytes(rows, cols, (int)bits), 1, 0, 256), result(rows), result(2 * rows), rows,
+               cols);
+    }
+}
+
+static bn_split_rows split_result(int64_t rows, int64_t stride) {
+    int8_t *q = result_bytes(2 * rows * stride, 1, 0, 256);
+    float *act_scale = result(rows), *bound = result(2 * rows);
+    return (bn_split_rows){q, act_scale, bound, result_bytes(2 * rows, sizeof(int32_t), 0, 256), stride};
+}
+
+static void test_split_rows(void) {
+    FOR_EACH(rows, 1, 5) FOR_EACH(cols, 1, 16, 63, 64, 130) {
+        LAUNCH(split_rows, rows, cols == 63 ? wild(rows * cols) : reals(rows * cols),
+               split_result(rows, bn_round_up(cols, BN_QUANT_PAD)), rows, cols);
+    }
+}
+
+static void test_compact_forward(void) {
+    FOR_EACH(m, 1, 2, 5) FOR_EACH(n, 1, 16, 37) FOR_EACH(k, 1, 64, 130) FOR_EACH(bits, 6, 8) {
+        const int64_t stride = bn_round_up(k, BN_QUANT_PAD);
+        const bn_split_rows x = {small(2 * m * stride, -128, 256), positive(m), NULL, indices(2 * m, 1000), stride};
+        const uint8_t *panels = (const uint8_t *)small(bn_compact_bytes(n, k, (int)bits), -128, 256);
+        LAUNCH(compact_forward, bn_ceil_div(n, BN_PANEL_ROWS), x, panels, positive(n), (int)bits, result(m * n), m, n,
+               k);
+    }
+}
+
+static void test_screen(void) {
+    FOR_EACH(m, 1, 3) FOR_EACH(n, 1, 16, 37, 200) FOR_EACH(top, 1, 5, 40) {
+        float *norms = positive(2 * n), *bound = m == 3 ? wild(2 * m) : positive(2 * m);
+        LAUNCH(screen, m, result(m * n), norms, bound, result_bytes(m * n, sizeof(int32_t), 0, 256),
+               result_bytes(m, sizeof(int32_t), 0, 256), m, n, top);
     }
 }
 
