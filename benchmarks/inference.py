@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine.one_line(here))
     runs: list[history.Run] = []
     with ExitStack() as stack:
-        stack.callback(lambda: history.keep(args, runs))  # of what was measured, whatever comes
+        stack.callback(lambda: history.keep(args, runs) if runs else None)  # whatever comes later
         if args.work is None:
             args.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args.work.mkdir(parents=True, exist_ok=True)
