@@ -147,11 +147,21 @@ def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantize
 def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
     """x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B)."""
 
-def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
-    """q (B, T, H, D); k, v (B, S, KV, D); start i32 (B) -> (B, T, H, D)."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None = None,
+    slot: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """q (B, T, H, D); k, v (slots, S, KV, D), scales (slots, S, KV); start, slot i32 (B) -> (B, T, H, D)."""
 
-def cache_append(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
-    """x (B, T, KV, D) into cache (B, S, KV, D) at start i32 (B); returns the cache."""
+def cache_append(
+    x: Tensor, cache: Tensor, start: Tensor, slot: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """x (B, T, KV, D) into cache (slots, S, KV, D) at start, slot i32 (B); returns the cache."""
 
 def swiglu(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor: ...
 def relu2(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor: ...
@@ -293,6 +303,9 @@ def time_product(
     product: y, dx or dw, in this thread's precision; operands are random, made and quantized before. ValueError for
     sizes below 1.
     """
+
+def cache_copy(cache: Tensor, source: int, destination: int, length: int, /) -> None:
+    """The first `length` positions of a slot of a cache, or of its scales, to another slot; on no tape."""
 
 def has_cuda() -> bool: ...
 def memory_stats() -> dict[str, int]:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from bitnet import ops
 from bitnet._core import ShapeError, Tape, Tensor
+from bitnet.cache import KVCache
 from bitnet.errors import BitnetError, ConfigError
-from bitnet.model import BitNetForCausalLM, KVCache
+from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 from bitnet.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Decoder:
                 f"a decoder needs a batch of at least 1 and 1 to {limit} positions, not {batch} and {capacity}"
             )
         self.model, self.batch, self.capacity = model, batch, capacity
-        self.cache = KVCache(model.config, batch, capacity)
+        self.cache = KVCache(model.config, batch, capacity).step(batch)
         self.lengths = np.zeros(batch, np.int32)  # positions filled
         self._tokens = ops.zeros((batch, 1), "i32")
         self._tape: Tape | None = None

@@ -15,18 +15,9 @@ from typing import Any
 
 from bitnet import nn, ops
 from bitnet._core import ShapeError, Tensor
+from bitnet.cache import CacheStep
 from bitnet.config import BitNetConfig
 from bitnet.head import Head
-
-
-class KVCache:
-    """Keys and values of past tokens, by layer, (B, capacity, KV, D), and each sequence's next position."""
-
-    def __init__(self, config: BitNetConfig, batch: int, capacity: int) -> None:
-        shape = (batch, capacity, config.kv_heads, config.head_dim)
-        self.batch, self.capacity = batch, capacity
-        self.layers = [(ops.zeros(shape), ops.zeros(shape)) for _ in range(config.num_hidden_layers)]
-        self.start = ops.zeros((batch,), "i32")  # read by the ops when they run, so a recorded step can be replayed
 
 
 class Factory:
@@ -87,7 +78,7 @@ class Attention(nn.Module):
         self.o_proj = make.projection(f"{name}.o_proj", c.hidden_size, c.hidden_size)
         self.attn_sub_norm = make.norm(c.sub_norms, c.hidden_size)
 
-    def forward(self, x: Tensor, residual: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, rope: Rope, cache: CacheStep | None, layer: int) -> Tensor:
         """x, residual (B, T, C) -> residual plus attention over x."""
         batch, time, _ = x.shape
         d = self.config.head_dim
@@ -96,10 +87,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(batch, time, -1, d)
         start = None if cache is None else cache.start
         q, k = rope(q, start), rope(k, start)
-        if cache is not None:
-            keys, values = cache.layers[layer]
-            k, v = ops.cache_append(k, keys, cache.start), ops.cache_append(v, values, cache.start)
-        out = ops.attention(q, k, v, start).reshape(batch, time, -1)
+        out = ops.attention(q, k, v) if cache is None else cache.attention(layer, q, k, v)
+        out = out.reshape(batch, time, -1)
         return self.o_proj(projection_input(self.config, self.attn_sub_norm, out, self.o_proj), residual)
 
 
@@ -134,7 +123,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = make.norm(c.input_norms, c.hidden_size)
         self.mlp = FeedForward(make, f"{name}.mlp")
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: CacheStep | None, layer: int) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         c, attention, mlp = self.config, self.self_attn, self.mlp
         h = projection_input(c, self.input_layernorm, x, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -156,7 +145,7 @@ class BitNetModel(nn.Module):
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.rope = Rope(c)
 
-    def forward(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: ops.Integers, cache: CacheStep | None = None) -> Tensor:
         """tokens (B, T) -> (B, T, C)."""
         x: Tensor = self.embed_tokens(tokens)
         if len(x.shape) != 3:
@@ -219,7 +208,7 @@ class BitNetForCausalLM(nn.Module):
         owner.weight = self.head.exact
         return self
 
-    def head_input(self, tokens: ops.Integers, cache: KVCache | None = None) -> Tensor:
+    def head_input(self, tokens: ops.Integers, cache: CacheStep | None = None) -> Tensor:
         """What the output head reads: hidden states after the final norm, (B, T, C)."""
         hidden: Tensor = self.model(tokens, cache)
         c = self.config
@@ -234,7 +223,7 @@ class BitNetForCausalLM(nn.Module):
         return head(hidden, self.head_weight)
 
     def forward(
-        self, tokens: ops.Integers, targets: ops.Integers | None = None, cache: KVCache | None = None
+        self, tokens: ops.Integers, targets: ops.Integers | None = None, cache: CacheStep | None = None
     ) -> Tensor:
         """Logits (B, T, V), or with targets the mean loss, a scalar in nats."""
         hidden = self.head_input(tokens, cache)

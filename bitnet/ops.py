@@ -84,6 +84,10 @@ def _integers(values: Integers) -> Tensor:
     return values if isinstance(values, Tensor) else Tensor(values, "i32")
 
 
+def _optional(values: Integers | None) -> Tensor | None:
+    return None if values is None else _integers(values)
+
+
 def embedding(tokens: Integers, weight: Tensor) -> Tensor:
     """Rows of a table, f32 or bf16: tokens (...), weight (V, C) -> (..., C). IndexError for a token outside [0, V)."""
     return _core.embedding(_integers(tokens), weight)
@@ -131,21 +135,36 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Integers | None = None) -> Tensor:
     """Rotates the pairs (j, j + D/2) of x (B, T, heads, D); row t of sequence b is at position start[b] + t."""
-    return _core.rope(x, cos, sin, None if start is None else _integers(start))
+    return _core.rope(x, cos, sin, _optional(start))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, start: Integers | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Integers | None = None,
+    slot: Integers | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """Causal grouped-query attention, softmax(q k^T / sqrt(D)) v, without a T x T matrix.
 
     q (B, T, H, D); k, v (B, S, KV, D) -> (B, T, H, D). Query t of sequence b is at position start[b] + t and sees the
-    keys up to it. Without start: S == T, and gradients flow. With start (a KV cache): forward only.
+    keys up to it. Without start: S == T, and gradients flow. With start k and v are caches, and it is forward only:
+    sequence b has row slot[b] of them (b without slot), and they may be bf16, or i8 times scales f32 (slots, S, KV).
     """
-    return _core.attention(q, k, v, None if start is None else _integers(start))
+    return _core.attention(q, k, v, _optional(start), _optional(slot), k_scale, v_scale)
 
 
-def cache_append(x: Tensor, cache: Tensor, start: Integers) -> Tensor:
-    """Writes x (B, T, KV, D) into cache (B, S, KV, D) from position start[b] on; returns the cache. Forward only."""
-    return _core.cache_append(x, cache, _integers(start))
+def cache_append(
+    x: Tensor, cache: Tensor, start: Integers, slot: Integers | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Writes x (B, T, KV, D) into cache (slots, S, KV, D) from position start[b] of row slot[b] on; returns the cache.
+
+    A bf16 cache is rounded to nearest even, an i8 one is quantized by heads, their scales kept in `scale` (slots, S,
+    KV). Forward only. IndexError for a place outside the cache, ValueError for a slot named twice.
+    """
+    return _core.cache_append(x, cache, _integers(start), _optional(slot), scale)
 
 
 def swiglu(gate: Tensor, up: Tensor, quantized: bool = False) -> Tensor:

@@ -28,7 +28,10 @@ BN_EXTERN_C_BEGIN
 #define BN_COLUMNS 32
 /* Keys in one step of the streaming softmax; part of the numeric contract of attention. */
 #define BN_ATTENTION_KEYS 64
-/* Query rows in a unit of attention_forward; not part of the numeric contract. */
+/* Keys whose streaming softmax is one chain, a multiple of the above; spans are joined. Part of the contract as well.
+ */
+#define BN_ATTENTION_SPAN 1024
+/* Query rows in a unit of attention_forward, and most of one of attention_span; not part of the numeric contract. */
 #define BN_ATTENTION_QUERIES 64
 /* Rows (output features) in a panel of prepared ternary weights, and bytes of K in one integer dot step. */
 #define BN_PANEL_ROWS 16
@@ -164,13 +167,14 @@ typedef struct bn_fault {
 } bn_fault;
 
 /* Finds the first i with index[i] + offset outside [0, limit), values equal to `ignore` exempt if `has_ignore`. One
- * unit. */
+ * or, if `distinct`, equal to an earlier one. One unit. */
 typedef struct index_check_args {
     const int32_t *index;
     bn_fault *fault;
     int64_t n, limit, offset;
     int32_t ignore;
     bool has_ignore;
+    bool distinct; /* takes time that grows with n * n */
 } index_check_args;
 
 /* y[r, :] = table[index[r], :]; the table is f32 or bf16. Units: rows of y. */
@@ -475,25 +479,38 @@ typedef struct rope_args {
     bool inverse, accumulate;
 } rope_args;
 
-/* cache[b, start[b] + t, :] = x[b, t, :]. Units: rows (b, t). */
+/* Keys or values of past tokens, (slots, capacity, KV, D): f32; bf16, rounded to nearest even; or i8, where a head of a
+ * position is quantized as quantize_rows does a row, with its own scale. What is read is an f32: the element itself,
+ * the bf16 widened, or code * scale. */
+typedef struct bn_cache {
+    void *data;
+    float *scale; /* (slots, capacity, KV), of i8 only */
+    bn_dtype dtype;
+} bn_cache;
+
+/* cache[slot[b], start[b] + t] = x[b, t], slot NULL meaning b; no two slots are equal. Units: rows (b, t). */
 typedef struct cache_write_args {
     const float *x;
-    const int32_t *start;
-    float *cache;
-    int64_t B, T, C, capacity;
+    const int32_t *start, *slot;
+    bn_cache cache;
+    int64_t B, T, KV, D, capacity;
 } cache_write_args;
 
-/* Causal grouped-query attention. q: (B, T, H, D); k, v: (B, S, KV, D); head h reads key/value head h / (H/KV).
- * Query t of sequence b sits at position start[b] + t (start NULL: 0) and sees keys 0 .. that position, in blocks of
- * BN_ATTENTION_KEYS counted from key 0. For each block, in order:
+/* Causal grouped-query attention. q: (B, T, H, D); k, v: (slots, S, KV, D), of which sequence b has slot[b] (slot NULL:
+ * b); head h reads key/value head h / (H/KV). Query t of sequence b sits at position start[b] + t (start NULL: 0) and
+ * sees keys 0 .. that position, in spans of BN_ATTENTION_SPAN and in these in blocks of BN_ATTENTION_KEYS, both counted
+ * from key 0. In each span m = -inf, l = 0, o = 0 at first; then for each block, in order:
  *   s_j = scale * (SEQUENTIAL over D of q_d * k_jd)        m' = max(m, max_j s_j)
  *   p_j = exp(s_j - m')    c = exp(m - m')    l = fma(l, c, LANES sum of p_j over the block; unseen lanes are 0)
  *   o_d = SEQUENTIAL over the block's j of p_j * v_jd, starting at o_d * c
+ * Spans are joined in order, the first being taken as it is and each later one, with its m2, l2 and o2, by
+ *   m' = max(m, m2)    c = exp(m - m')    e = exp(m2 - m')    l = fma(l2, e, l * c)    o = fma(o2, e, o * c)
  * and at the end out = o * (1 / l). Saves stats[b, h, t] = {m, 1 / l} for the backward pass (stats may be NULL).
  * T x T is never stored. Units: (b, h, block of BN_ATTENTION_QUERIES queries), the last fastest. */
 typedef struct attention_forward_args {
-    const float *q, *k, *v;
-    const int32_t *start;
+    const float *q;
+    bn_cache k, v;
+    const int32_t *start, *slot;
     float *out, *stats;
     int64_t B, T, S, H, KV, D;
     float scale;

@@ -2,26 +2,27 @@
  * attention.c: causal grouped-query attention, softmax(q k^T / sqrt(D)) v, streamed over blocks of keys so that no T x
  * T matrix exists (Milakov and Gimelshein 2018; Dao et al. 2022). Query head h reads key/value head h / (H / KV). The
  * forward pass keeps each query's maximum and reciprocal sum; the backward pass makes the probabilities again.
- * cache_append writes new keys or values at each sequence's position and hands the cache on.
  */
 #include <math.h>
 
-#include "ops/op.h"
+#include "ops/cache.h"
 
 enum { STATS };
 
 static float scale_of(const bn_tensor *q) { return (float)(1.0 / sqrt((double)q->shape[3])); }
 
-/* inputs: q, k, v, start or NULL */
+/* inputs: q, k, v; start, slot, k_scale and v_scale, each or NULL */
 static bn_status attention_run(bn_node *n) {
-    const bn_tensor *q = n->inputs[0], *k = n->inputs[1], *start = n->inputs[3];
+    const bn_tensor *q = n->inputs[0], *k = n->inputs[1], *v = n->inputs[2], *start = n->inputs[3];
+    const bn_tensor *slot = n->inputs[4];
     if (start != NULL) {
-        BN_TRY(bn_require_positions("attention", start, q->shape[1], k->shape[1]));
+        BN_TRY(bn_require_free_places("attention", q->shape[1], k, start, slot, false));
     }
     const attention_forward_args args = {.q = bn_f32(q),
-                                         .k = bn_f32(k),
-                                         .v = bn_f32(n->inputs[2]),
+                                         .k = bn_cache_of(k, n->inputs[5]),
+                                         .v = bn_cache_of(v, n->inputs[6]),
                                          .start = start == NULL ? NULL : bn_i32(start),
+                                         .slot = slot == NULL ? NULL : bn_i32(slot),
                                          .out = bn_f32(n->output),
                                          .stats = n->saved[STATS] == NULL ? NULL : bn_f32(n->saved[STATS]),
                                          .B = q->shape[0],
@@ -73,41 +74,55 @@ static bn_status attention_back(bn_node *n) {
 
 const bn_op bn_op_attention = {"attention", attention_run, attention_back};
 
-static bn_status check(const bn_tensor *q, const bn_tensor *k, const bn_tensor *v, const bn_tensor *start) {
+static bn_status check_shapes(const bn_tensor *q, const bn_tensor *k, const bn_tensor *v) {
     BN_TRY(bn_require_dtype("attention", "q", q, BN_F32));
-    BN_TRY(bn_require_dtype("attention", "k", k, BN_F32));
-    BN_TRY(bn_require_dtype("attention", "v", v, BN_F32));
     BN_TRY(bn_require_ndim("attention", "q", q, 4));
     BN_TRY(bn_require_ndim("attention", "k", k, 4));
     BN_TRY(bn_require_same_shape("attention", k, v));
     bn_shape_text a, b;
-    if (q->shape[0] != k->shape[0] || q->shape[3] != k->shape[3] || k->shape[2] == 0 ||
-        q->shape[2] % k->shape[2] != 0) {
-        return bn_fail(BN_ERR_SHAPE, "attention: q %s and k %s need equal batch and head size, and heads that divide",
+    if (q->shape[3] != k->shape[3] || k->shape[2] == 0 || q->shape[2] % k->shape[2] != 0) {
+        return bn_fail(BN_ERR_SHAPE, "attention: q %s and k %s need equal head sizes, and heads that divide",
                        bn_shape_print(q, &a), bn_shape_print(k, &b));
     }
     if (q->shape[3] % 2 != 0 || q->shape[3] > 256) {
         return bn_fail(BN_ERR_SHAPE, "attention: the head size is even and at most 256, not %lld",
                        (long long)q->shape[3]);
     }
-    if (start == NULL) {
-        if (q->shape[1] != k->shape[1]) {
-            return bn_fail(BN_ERR_SHAPE, "attention: %lld queries over %lld keys need `start`", (long long)q->shape[1],
-                           (long long)k->shape[1]);
-        }
-        return BN_OK;
+    return BN_OK;
+}
+
+/* k and v that are the whole past: no cache. */
+static bn_status check_whole(const bn_tensor *q, const bn_tensor *k, const bn_tensor *v, const bn_tensor *slot,
+                             const bn_tensor *k_scale, const bn_tensor *v_scale) {
+    BN_TRY(bn_require_dtype("attention", "k", k, BN_F32));
+    BN_TRY(bn_require_dtype("attention", "v", v, BN_F32));
+    if (q->shape[0] != k->shape[0]) {
+        bn_shape_text a, b;
+        return bn_fail(BN_ERR_SHAPE, "attention: q %s and k %s differ in their batch", bn_shape_print(q, &a),
+                       bn_shape_print(k, &b));
     }
-    BN_TRY(bn_require_dtype("attention", "start", start, BN_I32));
-    if (start->count != q->shape[0]) {
-        return bn_fail(BN_ERR_SHAPE, "attention: %lld starts for %lld sequences", (long long)start->count,
-                       (long long)q->shape[0]);
+    if (q->shape[1] != k->shape[1]) {
+        return bn_fail(BN_ERR_SHAPE, "attention: %lld queries over %lld keys need `start`", (long long)q->shape[1],
+                       (long long)k->shape[1]);
+    }
+    if (slot != NULL || k_scale != NULL || v_scale != NULL) {
+        return bn_fail(BN_ERR_VALUE, "attention: %s without `start`, which makes k and v a cache",
+                       slot != NULL ? "`slot`" : "scales");
     }
     return BN_OK;
 }
 
-bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *start, bn_tensor **out) {
-    BN_TRY(check(q, k, v, start));
-    bn_node n = {.op = &bn_op_attention, .inputs = {q, k, v, start}};
+bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *start, bn_tensor *slot, bn_tensor *k_scale,
+                       bn_tensor *v_scale, bn_tensor **out) {
+    BN_TRY(check_shapes(q, k, v));
+    if (start == NULL) {
+        BN_TRY(check_whole(q, k, v, slot, k_scale, v_scale));
+    } else {
+        BN_TRY(bn_require_cache("attention", "k", k, k_scale));
+        BN_TRY(bn_require_cache("attention", "v", v, v_scale));
+        BN_TRY(bn_require_places("attention", q->shape[0], k, start, slot));
+    }
+    bn_node n = {.op = &bn_op_attention, .inputs = {q, k, v, start, slot, k_scale, v_scale}};
     BN_NODE_TRY(&n, bn_output_like(&n, q));
     if (bn_wants_grad(n.inputs, BN_NODE_INPUTS)) {
         if (start != NULL) {
@@ -117,41 +132,5 @@ bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *star
         const int64_t stats[] = {q->shape[0], q->shape[2], q->shape[1], 2};
         BN_NODE_TRY(&n, bn_tensor_new(bn_backend_of(q), BN_F32, 4, stats, &n.saved[STATS]));
     }
-    return bn_tape_run(&n, out);
-}
-
-/* inputs: x, cache, start; the output is a window on the cache */
-static bn_status append_run(bn_node *n) {
-    const bn_tensor *x = n->inputs[0], *cache = n->inputs[1], *start = n->inputs[2];
-    BN_TRY(bn_require_positions("cache_append", start, x->shape[1], cache->shape[1]));
-    const cache_write_args args = {.x = bn_f32(x),
-                                   .start = bn_i32(start),
-                                   .cache = bn_f32(cache),
-                                   .B = x->shape[0],
-                                   .T = x->shape[1],
-                                   .C = x->shape[2] * x->shape[3],
-                                   .capacity = cache->shape[1]};
-    return bn_run_cache_write(bn_backend_of(x), &args, args.B * args.T, 16);
-}
-
-const bn_op bn_op_cache_append = {"cache_append", append_run, NULL};
-
-bn_status bn_cache_append(bn_tensor *x, bn_tensor *cache, bn_tensor *start, bn_tensor **out) {
-    BN_TRY(bn_require_dtype("cache_append", "x", x, BN_F32));
-    BN_TRY(bn_require_dtype("cache_append", "cache", cache, BN_F32));
-    BN_TRY(bn_require_dtype("cache_append", "start", start, BN_I32));
-    BN_TRY(bn_require_ndim("cache_append", "x", x, 4));
-    BN_TRY(bn_require_ndim("cache_append", "cache", cache, 4));
-    if (x->shape[0] != cache->shape[0] || x->shape[2] != cache->shape[2] || x->shape[3] != cache->shape[3] ||
-        start->count != x->shape[0]) {
-        bn_shape_text a, b;
-        return bn_fail(BN_ERR_SHAPE, "cache_append: x %s does not fit a cache %s with %lld starts",
-                       bn_shape_print(x, &a), bn_shape_print(cache, &b), (long long)start->count);
-    }
-    if (bn_wants_grad(&x, 1)) {
-        return bn_fail(BN_ERR_STATE, "cache_append: no gradient flows through a cache; use no_grad()");
-    }
-    bn_node n = {.op = &bn_op_cache_append, .inputs = {x, cache, start}};
-    BN_TRY(bn_tensor_view(cache, cache->ndim, cache->shape, &n.output));
     return bn_tape_run(&n, out);
 }

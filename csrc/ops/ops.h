@@ -20,10 +20,17 @@ BN_CHECKED bn_status bn_compact_linear(bn_tensor *x, bn_tensor *weight, int64_t 
 BN_CHECKED bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bool quantized, bn_tensor **out);
 /* x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B) or NULL: the position of t = 0. */
 BN_CHECKED bn_status bn_rope(bn_tensor *x, bn_tensor *cos, bn_tensor *sin, bn_tensor *start, bn_tensor **out);
-/* q (B, T, H, D); k, v (B, S, KV, D); start as above. With gradients: S == T and no start. */
-BN_CHECKED bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *start, bn_tensor **out);
-/* Writes x (B, T, KV, D) into cache (B, S, KV, D) at start and returns the cache; no gradient. */
-BN_CHECKED bn_status bn_cache_append(bn_tensor *x, bn_tensor *cache, bn_tensor *start, bn_tensor **out);
+/* q (B, T, H, D); k, v (slots, S, KV, D), f32, bf16, or i8 with scales f32 (slots, S, KV) that are NULL otherwise;
+ * start as above; slot i32 (B) or NULL: the slot of sequence b. With gradients: S == T and nothing but q, k and v. */
+BN_CHECKED bn_status bn_attention(bn_tensor *q, bn_tensor *k, bn_tensor *v, bn_tensor *start, bn_tensor *slot,
+                                  bn_tensor *k_scale, bn_tensor *v_scale, bn_tensor **out);
+/* Writes x (B, T, KV, D) into cache (slots, S, KV, D) at start and returns the cache; slot and scale as above, but no
+ * slot twice; no gradient. */
+BN_CHECKED bn_status bn_cache_append(bn_tensor *x, bn_tensor *cache, bn_tensor *start, bn_tensor *slot,
+                                     bn_tensor *scale, bn_tensor **out);
+/* Copies the first `length` positions of slot `source` of cache, or of its scales, to slot `destination`. Not an op: it
+ * happens once, and no tape plays it again. */
+BN_CHECKED bn_status bn_cache_copy(bn_tensor *cache, int64_t source, int64_t destination, int64_t length);
 BN_CHECKED bn_status bn_swiglu(bn_tensor *gate, bn_tensor *up, bool quantized, bn_tensor **out);
 BN_CHECKED bn_status bn_relu2(bn_tensor *gate, bn_tensor *up, bool quantized, bn_tensor **out);
 /* alpha * a + beta * b; b has a's shape or is a row that is added to every row of a. */

@@ -555,6 +555,21 @@ static PyObject *time_product(PyObject *module, PyObject *args) {
     return list;
 }
 
+static PyObject *cache_copy(PyObject *module, PyObject *args) {
+    PyObject *object;
+    long long source, destination, length;
+    if (!PyArg_ParseTuple(args, "OLLL:cache_copy", &object, &source, &destination, &length)) {
+        return NULL;
+    }
+    bn_tensor *cache = bn_unwrap(bn_state(module), object, "cache");
+    if (cache == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_cache_copy(cache, source, destination, length));
+    return none_or_raise(module, status);
+}
+
 static PyObject *has_cuda(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
@@ -616,6 +631,7 @@ PyMethodDef bn_core_methods[] = {
     {"peak", peak, METH_O, "(multiply-adds a second of all threads, name) of a kind: f32, bf16 or int8."},
     {"time_product", time_product, METH_VARARGS,
      "(y, dx or dw; ternary; rows, in, out; repeats): seconds of each run of one product of a linear map."},
+    {"cache_copy", cache_copy, METH_VARARGS, "(cache, source, destination, length): positions of one slot to another."},
     {"has_cuda", has_cuda, METH_NOARGS, "Whether this build has CUDA kernels."},
     {"memory_stats", memory_stats, METH_NOARGS, "Bytes in use, cached, at most in use, and calls to the system."},
     {"memory_trim", memory_trim, METH_NOARGS, "Gives cached memory back to the system."},

@@ -4,7 +4,7 @@
 
 #include "ops/ops.h"
 
-#define MAX_TENSORS 5
+#define MAX_TENSORS 7
 
 /* The tensors of a call; the tape stays pinned until the result is wrapped. */
 #define RUN(module, expr)                                                                                              \
@@ -104,15 +104,15 @@ static PyObject *op_rope(PyObject *module, PyObject *args, PyObject *kwargs) {
 }
 
 static PyObject *op_attention(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"q", "k", "v", "start", NULL};
-    PARSE("OOO|O:attention", 3, 4, &o[0], &o[1], &o[2], &o[3]);
-    RUN(module, bn_attention(t[0], t[1], t[2], t[3], &result));
+    static char *names[] = {"q", "k", "v", "start", "slot", "k_scale", "v_scale", NULL};
+    PARSE("OOO|OOOO:attention", 3, 7, &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6]);
+    RUN(module, bn_attention(t[0], t[1], t[2], t[3], t[4], t[5], t[6], &result));
 }
 
 static PyObject *op_cache_append(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"x", "cache", "start", NULL};
-    PARSE("OOO:cache_append", 3, 3, &o[0], &o[1], &o[2]);
-    RUN(module, bn_cache_append(t[0], t[1], t[2], &result));
+    static char *names[] = {"x", "cache", "start", "slot", "scale", NULL};
+    PARSE("OOO|OO:cache_append", 3, 5, &o[0], &o[1], &o[2], &o[3], &o[4]);
+    RUN(module, bn_cache_append(t[0], t[1], t[2], t[3], t[4], &result));
 }
 
 static PyObject *op_add(PyObject *module, PyObject *args, PyObject *kwargs) {

@@ -24,7 +24,7 @@ typedef enum bn_precision { BN_EXACT, BN_FAST, BN_INT8 } bn_precision; /* INT8: 
 bn_precision bn_get_precision(void);
 void bn_set_precision(bn_precision precision);
 
-#define BN_NODE_INPUTS 5
+#define BN_NODE_INPUTS 7
 #define BN_NODE_SAVED 5
 #define BN_NODE_PARAMS 64
 

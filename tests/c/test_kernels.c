@@ -263,6 +263,7 @@ static void test_index_check(void) {
     FOR_EACH(n, 0, 1, 16, 90) FOR_EACH(limit, 55, 59, 60) FOR_EACH(has_ignore, 0, 1) {
         LAUNCH(index_check, 1, indices(n, 60), result_bytes(1, sizeof(bn_fault), 0, 1), n, limit, limit == 60, 59,
                has_ignore != 0);
+        LAUNCH(index_check, 1, indices(n, 9000), result_bytes(1, sizeof(bn_fault), 0, 1), n, 9000, 0, 0, false, true);
     }
 }
 
@@ -502,8 +503,48 @@ static void test_rope(void) {
     }
 }
 
+static const bn_dtype cache_dtypes[] = {BN_F32, BN_BF16, BN_I8};
+
+/* `lines` heads of D as a cache holds them. */
+static bn_cache cached(int64_t lines, int64_t D, bn_dtype dtype) {
+    bn_cache c = {NULL, NULL, dtype};
+    if (dtype == BN_F32) {
+        c.data = reals(lines * D);
+    } else if (dtype == BN_BF16) {
+        uint16_t *halves = take(size_of(lines * D, sizeof *halves), 0xFF);
+        for (int64_t i = 0; i < lines * D; i++) {
+            halves[i] = (uint16_t)(draw(1u << 8) | (0x3e80u + draw(2) * 0x8000u + draw(2) * 0x80u));
+        }
+        c.data = halves;
+    } else {
+        c.data = small(lines * D, -128, 256);
+        c.scale = positive(lines);
+        for (int64_t i = 0; i < lines; i++) {
+            c.scale[i] *= 0x1p-7f;
+        }
+    }
+    return c;
+}
+
+static bn_cache cache_result(int64_t lines, int64_t D, bn_dtype dtype) {
+    bn_cache c = {NULL, NULL, dtype};
+    if (dtype == BN_F32) {
+        c.data = result(lines * D);
+    } else {
+        c.data = result_bytes(lines * D, dtype == BN_BF16 ? 2 : 1, 0, 100);
+        c.scale = dtype == BN_I8 ? result(lines) : NULL;
+    }
+    return c;
+}
+
+/* Slots of three sequences among four. */
+static const int32_t some_slots[] = {2, 0, 3};
+
 static void test_cache_write(void) {
-    FOR_EACH(T, 1, 3) { LAUNCH(cache_write, 2 * T, reals(2 * T * 17), indices(2, 5), result(2 * 8 * 17), 2, T, 17, 8); }
+    FOR_EACH(T, 1, 3) FOR_EACH(D, 2, 34, 80) FOR_EACH(KV, 1, 3) FOR_EACH(kind, 0, 1, 2) FOR_EACH(slots, 0, 1) {
+        LAUNCH(cache_write, 3 * T, kind ? wild(3 * T * KV * D) : reals(3 * T * KV * D), indices(3, 5),
+               slots ? some_slots : NULL, cache_result(4 * 8 * KV, D, cache_dtypes[kind]), 3, T, KV, D, 8);
+    }
 }
 
 static void test_attention_forward(void) {
@@ -512,9 +553,15 @@ static void test_attention_forward(void) {
         const int64_t B = i == 1 ? 2 : 1, H = heads[i][0], KV = heads[i][1], past = i == 1 ? 70 : 0, S = T + past;
         if (i < 2 || T < 130) {
             LAUNCH(attention_forward, B * H * bn_ceil_div(T, BN_ATTENTION_QUERIES), reals(B * T * H * D),
-                   reals(B * S * KV * D), reals(B * S * KV * D), past ? indices(B, 71) : NULL, result(B * T * H * D),
-                   i ? result(2 * B * H * T) : NULL, B, T, S, H, KV, D, 0.4f);
+                   cached(B * S * KV, D, BN_F32), cached(B * S * KV, D, BN_F32), past ? indices(B, 71) : NULL, NULL,
+                   result(B * T * H * D), i ? result(2 * B * H * T) : NULL, B, T, S, H, KV, D, 0.4f);
         }
+    }
+    FOR_EACH(T, 5, 70) FOR_EACH(D, 2, 34, 80) FOR_EACH(kind, 0, 1, 2) {
+        const int64_t B = 3, H = 4, KV = 2, S = T + 70;
+        LAUNCH(attention_forward, B * H * bn_ceil_div(T, BN_ATTENTION_QUERIES), reals(B * T * H * D),
+               cached(4 * S * KV, D, cache_dtypes[kind]), cached(4 * S * KV, D, cache_dtypes[kind]), indices(B, 71),
+               some_slots, result(B * T * H * D), NULL, B, T, S, H, KV, D, 0.4f);
     }
 }
 

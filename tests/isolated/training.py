@@ -4,7 +4,7 @@ import growth
 import numpy as np
 
 from bitnet import BitNetConfig, BitNetForCausalLM, Tape, ops
-from bitnet.model import KVCache
+from bitnet.cache import KVCache
 from bitnet.ops import no_grad
 from bitnet.optim import AdamW
 
@@ -30,7 +30,7 @@ def step() -> None:
     model.load_state_dict(model.state_dict())
     assert model.ternary_stats().count
     with no_grad():
-        cache = KVCache(CONFIG, 2, 8)
+        cache = KVCache(CONFIG, 2, 8).step(2)
         model(TOKENS[:, :4], cache=cache)
         cache.start.copy_([4, 4])
     model.to_full_precision()
