@@ -262,7 +262,7 @@ static void test_softmax_backward(void) {
 static void test_index_check(void) {
     FOR_EACH(n, 0, 1, 16, 90) FOR_EACH(limit, 55, 59, 60) FOR_EACH(has_ignore, 0, 1) {
         LAUNCH(index_check, 1, indices(n, 60), result_bytes(1, sizeof(bn_fault), 0, 1), n, limit, limit == 60, 59,
-               has_ignore != 0);
+               has_ignore != 0, false);
         LAUNCH(index_check, 1, indices(n, 9000), result_bytes(1, sizeof(bn_fault), 0, 1), n, 9000, 0, 0, false, true);
     }
 }
