@@ -516,6 +516,17 @@ typedef struct attention_forward_args {
     float scale;
 } attention_forward_args;
 
+/* The same for few queries over a cache (T * H / KV at most BN_ATTENTION_QUERIES), in two launches, so that many
+ * threads can share a long past and each key is read once for its whole group of heads. attention_span leaves m, l and
+ * o of each span that the last query of a sequence reaches; spans = ceil(S / BN_ATTENTION_SPAN). Units: (b, key/value
+ * head, span), the last fastest. attention_join makes `out` of them. Units: (b, t, h). `whole`'s stats are not made. */
+typedef struct attention_span_args {
+    attention_forward_args whole;
+    float *sums; /* {m, l}: (B, H, T, spans, 2) */
+    float *o;    /* (B, H, T, spans, D) */
+} attention_span_args;
+typedef attention_span_args attention_join_args;
+
 /* Gradients for start = NULL and S == T: p_tj = exp(s_tj - m_t) * (1/l_t); delta_t = LANES sum over D of dout * out;
  * dv_j += p_tj * dout_t;  ds_tj = p_tj * (dout_t . v_j - delta_t) * scale;  dq_t += ds_tj * k_j;  dk_j += ds_tj * q_t.
  * Dot products over D and all sums over t or j are SEQUENTIAL in index order (dk, dv: over the group's heads in

@@ -11,6 +11,26 @@ enum { STATS };
 
 static float scale_of(const bn_tensor *q) { return (float)(1.0 / sqrt((double)q->shape[3])); }
 
+/* Few queries over a cache: the spans of their pasts apart, then joined. */
+static bn_status run_spans(const bn_backend *backend, const attention_forward_args *args) {
+    const int64_t spans = bn_ceil_div(args->S, BN_ATTENTION_SPAN), rows = args->B * args->T * args->H;
+    bn_tensor *sums = NULL, *o = NULL;
+    bn_status status = bn_tensor_new(backend, BN_F32, 3, (int64_t[]){rows, spans, 2}, &sums);
+    if (status == BN_OK) {
+        status = bn_tensor_new(backend, BN_F32, 3, (int64_t[]){rows, spans, args->D}, &o);
+    }
+    if (status == BN_OK) {
+        const attention_span_args span = {.whole = *args, .sums = bn_f32(sums), .o = bn_f32(o)};
+        status = bn_run_attention_span(backend, &span, args->B * args->KV * spans, 1);
+        if (status == BN_OK) {
+            status = bn_run_attention_join(backend, &span, rows, 64);
+        }
+    }
+    bn_tensor_release(sums);
+    bn_tensor_release(o);
+    return status;
+}
+
 /* inputs: q, k, v; start, slot, k_scale and v_scale, each or NULL */
 static bn_status attention_run(bn_node *n) {
     const bn_tensor *q = n->inputs[0], *k = n->inputs[1], *v = n->inputs[2], *start = n->inputs[3];
@@ -32,6 +52,9 @@ static bn_status attention_run(bn_node *n) {
                                          .KV = k->shape[2],
                                          .D = q->shape[3],
                                          .scale = scale_of(q)};
+    if (start != NULL && args.T * (args.H / args.KV) <= BN_ATTENTION_QUERIES) {
+        return run_spans(bn_backend_of(q), &args);
+    }
     return bn_run_attention_forward(bn_backend_of(q), &args,
                                     args.B * args.H * bn_ceil_div(args.T, BN_ATTENTION_QUERIES), 1);
 }

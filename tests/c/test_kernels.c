@@ -563,6 +563,50 @@ static void test_attention_forward(void) {
                cached(4 * S * KV, D, cache_dtypes[kind]), cached(4 * S * KV, D, cache_dtypes[kind]), indices(B, 71),
                some_slots, result(B * T * H * D), NULL, B, T, S, H, KV, D, 0.4f);
     }
+    FOR_EACH(T, 70, BN_ATTENTION_SPAN + 40) {
+        const int64_t S = BN_ATTENTION_SPAN + 100, D = 6;
+        static const int32_t start = BN_ATTENTION_SPAN - 40;
+        LAUNCH(attention_forward, 2 * bn_ceil_div(T, BN_ATTENTION_QUERIES), reals(T * 2 * D), cached(S, D, BN_F32),
+               cached(S, D, BN_F32), T == 70 ? &start : NULL, NULL, result(T * 2 * D), result(4 * T), 1, T, S, 2, 1, D,
+               0.4f);
+    }
+}
+
+/* Few queries beside the joint of two spans: sequences of both, and one that ends in the first. */
+static attention_span_args span_case(int64_t T, int64_t H, int64_t KV, int64_t D, bn_dtype dtype) {
+    enum { S = BN_ATTENTION_SPAN + 70 };
+    static const int32_t starts[] = {BN_ATTENTION_SPAN - 3, 40, BN_ATTENTION_SPAN + 33};
+    return (attention_span_args){.whole = {.q = reals(3 * T * H * D),
+                                           .k = cached(4 * S * KV, D, dtype),
+                                           .v = cached(4 * S * KV, D, dtype),
+                                           .start = starts,
+                                           .slot = some_slots,
+                                           .B = 3,
+                                           .T = T,
+                                           .S = S,
+                                           .H = H,
+                                           .KV = KV,
+                                           .D = D,
+                                           .scale = 0.4f}};
+}
+
+static void test_attention_span(void) {
+    static const int64_t shapes[][4] = {{1, 1, 1, 16}, {1, 6, 2, 34}, {5, 3, 1, 80}, {16, 4, 1, 2}}; /* T, H, KV, D */
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        FOR_EACH(kind, 0, 1, 2) {
+            const int64_t T = shapes[i][0], H = shapes[i][1], KV = shapes[i][2], D = shapes[i][3];
+            const attention_span_args a = span_case(T, H, KV, D, cache_dtypes[kind]);
+            LAUNCH(attention_span, 3 * KV * 2, a.whole, result(3 * H * T * 2 * 2), result(3 * H * T * 2 * D));
+        }
+    }
+}
+
+static void test_attention_join(void) {
+    FOR_EACH(T, 1, 5) FOR_EACH(D, 2, 34, 80) {
+        attention_span_args a = span_case(T, 2, 1, D, BN_F32);
+        a.whole.out = result(3 * T * 2 * D);
+        LAUNCH(attention_join, 3 * T * 2, a.whole, positive(3 * 2 * T * 2 * 2), reals(3 * 2 * T * 2 * D));
+    }
 }
 
 /* `n` maxima that keep exp in range, whatever the scores, and reciprocal sums. */

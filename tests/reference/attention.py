@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import softmax
+from . import quantize, softmax
 
 
 def probabilities(q: np.ndarray, k: np.ndarray, start: np.ndarray | None) -> np.ndarray:
@@ -34,3 +34,18 @@ def backward(dy: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tup
     dv = np.einsum("bhts,bthd->bshd", p, dy)
     grouped = (batch, time, kv, heads // kv, dim)  # a shared head gathers from its whole group
     return dq, dk.reshape(grouped).sum(3), dv.reshape(grouped).sum(3)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """float32 to the nearest bf16, ties to even, as a float32; NaN stays NaN."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+
+
+def cached(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Keys or values (..., D) as a cache of f32, bf16 or i8 gives them back; i8 has a scale for each row of D."""
+    if dtype == "i8":
+        q, scale = quantize.absmax_int8(x)
+        return q.astype(np.float32) * scale
+    return bf16(x) if dtype == "bf16" else x
