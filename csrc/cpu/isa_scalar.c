@@ -8,6 +8,14 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A word is a loop of sixteen here: loops of words that are unrolled besides take minutes to compile. */
+#undef BN_UNROLL
+#if defined(__clang__)
+#define BN_UNROLL _Pragma("nounroll")
+#else
+#define BN_UNROLL _Pragma("GCC unroll 1")
+#endif
+
 typedef struct vf {
     float lane[16];
 } vf;
