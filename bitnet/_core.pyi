@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol, Self, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
-from typing_extensions import CapsuleType
+from typing_extensions import Buffer, CapsuleType
 
 class ShapeError(ValueError):
     """Tensors whose shapes do not fit an operation."""
@@ -225,6 +225,11 @@ def prepare_ternary(codes: Tensor, scale: float, layout: str = "2", /) -> Tensor
 
 def pack_ternary(codes: Tensor, /) -> Tensor:
     """i8 -> ternary2, four codes a byte."""
+
+# ---- what files hold ----
+
+def from_buffer(source: Buffer, dtype: str, shape: Sequence[int], /) -> Tensor:
+    """A tensor over a buffer's memory, which it holds: exactly its elements, aligned; read-only if the buffer is."""
 
 # ---- the optimizer's kernels ----
 

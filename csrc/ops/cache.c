@@ -96,6 +96,10 @@ bn_status bn_cache_append(bn_tensor *x, bn_tensor *cache, bn_tensor *start, bn_t
                        bn_shape_print(cache, &b));
     }
     BN_TRY(bn_require_places("cache_append", x->shape[0], cache, start, slot));
+    BN_TRY(bn_require_writable("cache_append", cache));
+    if (scale != NULL) {
+        BN_TRY(bn_require_writable("cache_append", scale));
+    }
     if (bn_wants_grad(&x, 1)) {
         return bn_fail(BN_ERR_STATE, "cache_append: no gradient flows through a cache; use no_grad()");
     }
@@ -116,6 +120,7 @@ bn_status bn_cache_copy(bn_tensor *cache, int64_t source, int64_t destination, i
                        (long long)length, (long long)source, (long long)destination, (long long)slots,
                        (long long)capacity);
     }
+    BN_TRY(bn_require_writable("cache_copy", cache));
     if (source == destination || length == 0 || cache->count == 0) {
         return BN_OK;
     }

@@ -89,6 +89,8 @@ bn_status bn_flatten(bn_tensor *const *params, int64_t count, bn_tensor **flat, 
 bn_status bn_clip_grad_norm(const bn_tensor *grad, float max_norm, bn_tensor *norm, bn_tensor *factor) {
     const bn_backend *backend = bn_backend_of(grad);
     bn_storage *partial;
+    BN_TRY(bn_require_writable("clip_grad_norm", norm));
+    BN_TRY(bn_require_writable("clip_grad_norm", factor));
     BN_TRY(bn_storage_new(backend, (size_t)bn_blocks(grad->count) * sizeof(double), &partial));
     const reduce_blocks_args squares = {bn_f32(grad), partial->data, grad->count, BN_REDUCE_SQUARES};
     bn_status status = bn_run_reduce_blocks(backend, &squares, bn_blocks(grad->count), 4);
@@ -125,6 +127,9 @@ bn_status bn_adamw(bn_tensor *param, const bn_tensor *grad, bn_tensor *m, bn_ten
     if (m->dtype != BN_F32 && m->dtype != BN_BF16) {
         return bn_fail(BN_ERR_DTYPE, "adamw: moments are f32 or bf16, not %s", bn_dtype_name(m->dtype));
     }
+    BN_TRY(bn_require_writable("adamw", param));
+    BN_TRY(bn_require_writable("adamw", m));
+    BN_TRY(bn_require_writable("adamw", v));
     if (o->step < 1) {
         return bn_fail(BN_ERR_VALUE, "adamw: steps count from 1, not %lld", (long long)o->step);
     }

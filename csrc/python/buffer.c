@@ -1,7 +1,7 @@
 /*
  * buffer.c: the buffer protocol of Tensor, by which NumPy shares its memory. A leaf's view may be written through, so
  * it is counted on the storage: while one is alive, no quantized copy of a weight is taken for fresh. The result of an
- * op is read-only: a replay would change it under the view.
+ * op is read-only: a replay would change it under the view. So is what lies in read-only memory.
  */
 #include "python/module.h"
 
@@ -20,9 +20,10 @@ int bn_tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
         PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; convert to f32", bn_dtype_name(t->dtype));
         return -1;
     }
-    const bool writable = bn_is_leaf(t);
+    const bool writable = bn_is_leaf(t) && !t->storage->is_read_only;
     if (!writable && (flags & PyBUF_WRITABLE) == PyBUF_WRITABLE) {
-        PyErr_SetString(PyExc_BufferError, "the result of an op is read-only; copy it");
+        PyErr_SetString(PyExc_BufferError, bn_is_leaf(t) ? "this tensor lies in read-only memory; copy it"
+                                                         : "the result of an op is read-only; copy it");
         return -1;
     }
     buffer_block *block = PyMem_Malloc(sizeof *block);

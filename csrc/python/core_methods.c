@@ -53,7 +53,7 @@ static bn_status refuse_unfit(const bn_tensor *t) {
     if (t->dtype != BN_F32 || !bn_is_leaf(t) || bn_backend_of(t) != bn_cpu_backend()) {
         return bn_fail(BN_ERR_DTYPE, "random values go into f32 leaves on the CPU");
     }
-    return BN_OK;
+    return bn_require_writable("random values", t);
 }
 
 static PyObject *fill_random(PyObject *module, PyObject *args, PyObject *kwargs, const char *format,

@@ -73,6 +73,11 @@ PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs) {
                                            "export detach() instead");
         return NULL;
     }
+    if (t->storage->is_read_only) {
+        PyErr_SetString(PyExc_BufferError,
+                        "this tensor lies in read-only memory, which DLPack cannot say; export a copy");
+        return NULL;
+    }
     if (ignored[3] == Py_True) {
         PyErr_SetString(PyExc_BufferError, "a DLPack export shares memory; copy the result instead");
         return NULL;

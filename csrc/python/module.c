@@ -45,7 +45,8 @@ static bn_status check_signals(void) {
 static int exec(PyObject *module) {
     bn_module_state *state = bn_state(module);
     if (!bn_numpy_init() || add_exceptions(module, state) < 0 || add_types(module, state) < 0 ||
-        PyModule_AddFunctions(module, bn_op_methods) < 0 || PyModule_AddFunctions(module, bn_core_methods) < 0) {
+        PyModule_AddFunctions(module, bn_op_methods) < 0 || PyModule_AddFunctions(module, bn_core_methods) < 0 ||
+        PyModule_AddFunctions(module, bn_format_methods) < 0) {
         return -1;
     }
     bn_set_interrupt_check(check_signals);

@@ -55,11 +55,13 @@ int bn_parse_dtype(PyObject *name);
 const bn_backend *bn_parse_device(const char *name);
 
 /* Methods of the module, by file. */
-extern PyMethodDef bn_op_methods[], bn_core_methods[];
+extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_format_methods[];
 
 /* numpy_bridge.c. dtype -1: f32 for floats, i32 for integers. Returns new. */
 bool bn_numpy_init(void);
 bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype);
+/* Returns a new array uint8 (size), contents undefined. */
+PyObject *bn_new_byte_array(size_t size, uint8_t **data);
 /* A Python or NumPy real number, not an array. */
 bool bn_is_number(PyObject *object);
 /* Returns a new array: a view that writes through for a leaf, a copy otherwise or when asked. */

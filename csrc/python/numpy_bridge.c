@@ -11,6 +11,16 @@ bool bn_is_number(PyObject *object) {
            PyArray_IsScalar(object, Integer);
 }
 
+PyObject *bn_new_byte_array(size_t size, uint8_t **data) {
+    npy_intp length = (npy_intp)size;
+    if (length < 0) {
+        return PyErr_NoMemory();
+    }
+    PyObject *array = PyArray_SimpleNew(1, &length, NPY_UINT8);
+    *data = array == NULL ? NULL : PyArray_DATA((PyArrayObject *)array);
+    return array;
+}
+
 /* The element type of our tensor for an array of this type, or -1. */
 static int natural_dtype(const PyArrayObject *array) {
     const int type = PyArray_TYPE(array);

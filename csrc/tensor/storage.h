@@ -20,6 +20,8 @@ typedef struct bn_storage {
     atomic_int exports;
     /* A segment's intermediate result (segment.h): away between forward and backward, when data is NULL. */
     bool is_temporary;
+    /* Memory that must not be written to, such as a mapped file: bn_require_writable. */
+    bool is_read_only;
     /* Memory of someone else (DLPack): called once instead of backend->release. NULL for our own. */
     void (*foreign_release)(void *owner);
     void *foreign_owner;

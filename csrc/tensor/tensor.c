@@ -150,7 +150,16 @@ const char *bn_shape_print(const bn_tensor *t, bn_shape_text *buffer) {
     return text;
 }
 
+bn_status bn_require_writable(const char *writer, const bn_tensor *t) {
+    bn_shape_text text;
+    return !t->storage->is_read_only
+               ? BN_OK
+               : bn_fail(BN_ERR_STATE, "%s: a %s tensor of shape %s lies in read-only memory; write to a copy", writer,
+                         bn_dtype_name(t->dtype), bn_shape_print(t, &text));
+}
+
 bn_status bn_tensor_zero(bn_tensor *t) {
+    BN_TRY(bn_require_writable("zero", t));
     bn_storage_touch(t->storage);
     return bn_backend_of(t)->zero(bn_data(t), bn_tensor_bytes(t));
 }
@@ -160,6 +169,7 @@ bn_status bn_tensor_copy(bn_tensor *t, const bn_tensor *source) {
         return bn_fail(BN_ERR_SHAPE, "copy: %lld elements of %s into %lld of %s", (long long)source->count,
                        bn_dtype_name(source->dtype), (long long)t->count, bn_dtype_name(t->dtype));
     }
+    BN_TRY(bn_require_writable("copy", t));
     bn_storage_touch(t->storage);
     return bn_backend_of(t)->copy(bn_data(t), bn_data(source), bn_tensor_bytes(t));
 }
