@@ -228,6 +228,12 @@ def pack_ternary(codes: Tensor, /) -> Tensor:
 
 # ---- what files hold ----
 
+def pack_fifths(codes: Tensor, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """i8 (any shape) -> uint8 (ceil(size / 5),): byte j is the codes j, j + m, .. j + 4m, plus 1, in base three."""
+
+def unpack_fifths(source: Buffer, rows: int, cols: int, /) -> Tensor:
+    """Bytes of pack_fifths -> i8 (rows, cols). ValueError names a byte that cannot be of it."""
+
 def from_buffer(source: Buffer, dtype: str, shape: Sequence[int], /) -> Tensor:
     """A tensor over a buffer's memory, which it holds: exactly its elements, aligned; read-only if the buffer is."""
 

@@ -1,8 +1,64 @@
-/* format_methods.c: tensors over memory that someone else keeps, such as a mapped file. */
+/* format_methods.c: what files hold, as bytes: five ternary codes in each (quant/fifths.h), and
+ * tensors over memory that someone else keeps, such as a mapped file. */
 #include "python/module.h"
+
+#include "quant/fifths.h"
 
 /* Borrows the bytes of any C-contiguous buffer; false with an exception set. */
 static bool get_bytes(PyObject *source, Py_buffer *view) { return PyObject_GetBuffer(source, view, PyBUF_SIMPLE) == 0; }
+
+/* ---- five codes a byte ------------------------------------------------------------------------------------------ */
+
+static PyObject *pack_fifths(PyObject *module, PyObject *object) {
+    bn_tensor *codes = bn_unwrap(bn_state(module), object, "codes");
+    if (codes == NULL) {
+        return NULL;
+    }
+    if (codes->dtype != BN_I8) {
+        return PyErr_Format(PyExc_TypeError, "pack_fifths: codes are %s, expected i8", bn_dtype_name(codes->dtype));
+    }
+    uint8_t *bytes;
+    PyObject *array = bn_new_byte_array((size_t)bn_fifths_bytes(codes->count), &bytes);
+    if (array == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_fifths_pack(bn_i8(codes), codes->count, bytes));
+    if (status != BN_OK) {
+        Py_DECREF(array);
+        return bn_raise(bn_state(module), status);
+    }
+    return array;
+}
+
+static bn_status unpack(const Py_buffer *view, int64_t rows, int64_t cols, bn_tensor **out) {
+    const int64_t shape[] = {rows, cols};
+    int64_t count;
+    if (rows < 0 || cols < 0 || __builtin_mul_overflow(rows, cols, &count) || view->len != bn_fifths_bytes(count)) {
+        return bn_fail(BN_ERR_SHAPE, "unpack_fifths: %lld bytes are not the codes of a matrix %lld x %lld",
+                       (long long)view->len, (long long)rows, (long long)cols);
+    }
+    BN_TRY(bn_tensor_new(bn_cpu_backend(), BN_I8, 2, shape, out));
+    bn_status status = bn_fifths_unpack(view->buf, count, bn_i8(*out));
+    if (status != BN_OK) {
+        bn_tensor_release(*out);
+    }
+    return status;
+}
+
+static PyObject *unpack_fifths(PyObject *module, PyObject *args) {
+    PyObject *source;
+    long long rows, cols;
+    Py_buffer view;
+    if (!PyArg_ParseTuple(args, "OLL:unpack_fifths", &source, &rows, &cols) || !get_bytes(source, &view)) {
+        return NULL;
+    }
+    bn_tensor *codes;
+    bn_status status;
+    BN_WITHOUT_GIL(status, unpack(&view, rows, cols, &codes));
+    PyBuffer_Release(&view);
+    return status == BN_OK ? bn_wrap(bn_state(module), codes) : bn_raise(bn_state(module), status);
+}
 
 /* ---- memory of someone else ------------------------------------------------------------------------------------- */
 
@@ -82,6 +138,8 @@ static PyObject *from_buffer(PyObject *module, PyObject *args) {
 }
 
 PyMethodDef bn_format_methods[] = {
+    {"pack_fifths", pack_fifths, METH_O, "i8 codes as bytes that hold five each: an array uint8."},
+    {"unpack_fifths", unpack_fifths, METH_VARARGS, "(bytes, rows, cols): the i8 codes that pack_fifths packed."},
     {"from_buffer", from_buffer, METH_VARARGS,
      "(buffer, dtype, shape): a tensor over a buffer's memory, which it holds."},
     {NULL, NULL, 0, NULL},
