@@ -234,6 +234,12 @@ def pack_fifths(codes: Tensor, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def unpack_fifths(source: Buffer, rows: int, cols: int, /) -> Tensor:
     """Bytes of pack_fifths -> i8 (rows, cols). ValueError names a byte that cannot be of it."""
 
+def rans_encode(source: Buffer, /) -> bytes:
+    """Bytes -> a stream that takes little more than their entropy (csrc/formats/rans.h)."""
+
+def rans_decode(stream: Buffer, size: int, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The `size` bytes that a stream codes. ValueError says what is damaged; nothing outside the stream is read."""
+
 def from_buffer(source: Buffer, dtype: str, shape: Sequence[int], /) -> Tensor:
     """A tensor over a buffer's memory, which it holds: exactly its elements, aligned; read-only if the buffer is."""
 

@@ -1,7 +1,8 @@
-/* format_methods.c: what files hold, as bytes: five ternary codes in each (quant/fifths.h), and
- * tensors over memory that someone else keeps, such as a mapped file. */
+/* format_methods.c: what files hold, as bytes: five ternary codes in each (quant/fifths.h), those entropy-coded
+ * (formats/rans.h), and tensors over memory that someone else keeps, such as a mapped file. */
 #include "python/module.h"
 
+#include "formats/rans.h"
 #include "quant/fifths.h"
 
 /* Borrows the bytes of any C-contiguous buffer; false with an exception set. */
@@ -58,6 +59,61 @@ static PyObject *unpack_fifths(PyObject *module, PyObject *args) {
     BN_WITHOUT_GIL(status, unpack(&view, rows, cols, &codes));
     PyBuffer_Release(&view);
     return status == BN_OK ? bn_wrap(bn_state(module), codes) : bn_raise(bn_state(module), status);
+}
+
+/* ---- entropy coding --------------------------------------------------------------------------------------------- */
+
+static PyObject *rans_encode(PyObject *module, PyObject *source) {
+    Py_buffer view;
+    if (!get_bytes(source, &view)) {
+        return NULL;
+    }
+    size_t bound = 0, length = 0;
+    const bool fits = bn_rans_bound((size_t)view.len, &bound);
+    uint8_t *stream = fits ? PyMem_RawMalloc(bound) : NULL;
+    PyObject *result = NULL;
+    if (stream == NULL) {
+        PyErr_NoMemory();
+    } else {
+        bn_status status;
+        BN_WITHOUT_GIL(status, bn_rans_encode(view.buf, (size_t)view.len, stream, &length));
+        result = status == BN_OK ? PyBytes_FromStringAndSize((const char *)stream, (Py_ssize_t)length)
+                                 : bn_raise(bn_state(module), status);
+    }
+    PyMem_RawFree(stream);
+    PyBuffer_Release(&view);
+    return result;
+}
+
+static PyObject *rans_decode(PyObject *module, PyObject *args) {
+    PyObject *source, *array = NULL;
+    Py_ssize_t size;
+    Py_buffer view;
+    uint8_t *bytes = NULL;
+    if (!PyArg_ParseTuple(args, "On:rans_decode", &source, &size)) {
+        return NULL;
+    }
+    if (size < 0) {
+        return PyErr_Format(PyExc_ValueError, "rans_decode: a size is not negative: %zd", size);
+    }
+    if (!get_bytes(source, &view)) {
+        return NULL;
+    }
+    bn_status status = bn_rans_check_size((size_t)view.len, (size_t)size);
+    if (status == BN_OK) {
+        array = bn_new_byte_array((size_t)size, &bytes);
+        if (array == NULL) {
+            PyBuffer_Release(&view);
+            return NULL;
+        }
+        BN_WITHOUT_GIL(status, bn_rans_decode(view.buf, (size_t)view.len, bytes, (size_t)size));
+    }
+    PyBuffer_Release(&view);
+    if (status != BN_OK) {
+        Py_XDECREF(array);
+        return bn_raise(bn_state(module), status);
+    }
+    return array;
 }
 
 /* ---- memory of someone else ------------------------------------------------------------------------------------- */
@@ -140,6 +196,8 @@ static PyObject *from_buffer(PyObject *module, PyObject *args) {
 PyMethodDef bn_format_methods[] = {
     {"pack_fifths", pack_fifths, METH_O, "i8 codes as bytes that hold five each: an array uint8."},
     {"unpack_fifths", unpack_fifths, METH_VARARGS, "(bytes, rows, cols): the i8 codes that pack_fifths packed."},
+    {"rans_encode", rans_encode, METH_O, "Bytes as a stream that takes little more than their entropy."},
+    {"rans_decode", rans_decode, METH_VARARGS, "(stream, size): the bytes that rans_encode coded, as an array uint8."},
     {"from_buffer", from_buffer, METH_VARARGS,
      "(buffer, dtype, shape): a tensor over a buffer's memory, which it holds."},
     {NULL, NULL, 0, NULL},
