@@ -1,0 +1,358 @@
+"""The `.bitnet` file: a packed model, its config, tokenizer and provenance in one file that is mapped, not read.
+
+    0    8  magic: 89 "BITNET" 0A, which a transfer as text would change
+    8    4  version: 1                                          u32; all numbers are little-endian
+    12   4  CRC-32 of the header                                u32
+    16   8  length of the header                                u64
+    24      header: a JSON object, with spaces after it up to a multiple of 64
+            sections, each at the next multiple of 64 after the one before, zeros between; the last ends the file
+
+    header      {"config": {...}, "provenance": {name: text}, "sections": [section, ...]}
+    section     {"name", "form", "shape", "offset", "bytes", "crc32"}, and "scale" for ternary codes
+
+    form          what the bytes are
+    f32, bf16     numbers of a tensor, row by row
+    fifths        ternary codes, five a byte (csrc/quant/fifths.h): 1.6 bits a weight
+    fifths-coded  the same bytes, entropy-coded (csrc/formats/rans.h)
+    bytes         a file of the tokenizer, named tokenizer/NAME
+
+CRC-32 finds what happens to files by accident: any run of at most 32 flipped bits, and all but one in four billion of
+other changes. It is in the standard library, about as fast as a disk, and computed without the GIL. Against intent it
+is no help, so the reader trusts nothing: there are no holes, no overlaps, no names twice, and no size is believed
+before it is compared with that of the file. Every refusal is a CheckpointError that names file and section.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitnet import _core
+from bitnet.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAGIC = b"\x89BITNET\n"
+VERSION = 1
+PREFIX = struct.Struct("<8sIIQ")
+ALIGN = 64
+HEADER_MAX = 64 << 20  # ten thousand times the header of a model of thirty layers
+TERNARY = ("fifths", "fifths-coded")
+FORMS = ("f32", "bf16", *TERNARY, "bytes")
+TOKENIZER = "tokenizer/"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where one tensor (or file of the tokenizer) lies, and how to read it. scale: of ternary codes, else None."""
+
+    name: str
+    form: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+    crc32: int
+    scale: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after it."""
+        return self.offset + self.bytes
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class BitnetFile:
+    """An open file: everything but the sections' contents is checked, and nothing of those is read yet.
+
+    path, config (as in config.json), provenance, sections (by name, in the order of the file).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._map = _map(self.path)
+        header, begin = self._read_header()
+        self.config: dict[str, Any] = header["config"]
+        self.provenance: dict[str, str] = header["provenance"]
+        self.sections: dict[str, Section] = {}
+        for i, fields in enumerate(header["sections"]):
+            section = self._section(i, fields)
+            if section.name in self.sections:
+                raise self._refusal(f"it has two sections {section.name}")
+            self.sections[section.name] = section
+        self._check_layout(begin)
+
+    def view(self, section: Section) -> memoryview:
+        """The bytes of a section as they lie in the file: shared, read-only, unverified."""
+        return memoryview(self._map)[section.offset : section.end]
+
+    def is_whole(self, section: Section) -> bool:
+        """Whether the bytes of a section have the checksum that the header gives."""
+        return zlib.crc32(self.view(section)) == section.crc32
+
+    def verify(self, section: Section) -> None:
+        """Raises CheckpointError if the bytes of a section are not those that were written."""
+        if not self.is_whole(section):
+            raise self._refusal(f"{section.name} is damaged: its checksum differs from the one in the header")
+
+    def fifths(self, section: Section) -> memoryview:
+        """The codes of a ternary section, five a byte: shared, or decoded. CheckpointError if they do not decode."""
+        if section.form == "fifths":
+            return self.view(section)
+        try:
+            return _core.rans_decode(self.view(section), -(-section.count // 5)).data
+        except ValueError as error:
+            raise self._refusal(f"{section.name} cannot be decoded: {error}") from None
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's own files by name, verified; empty where there are none."""
+        files = {}
+        for name, section in self.sections.items():
+            if section.form == "bytes":
+                self.verify(section)
+                files[name.removeprefix(TOKENIZER)] = bytes(self.view(section))
+        return files
+
+    def _refusal(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        """The header, and the offset of its end."""
+        size = len(self._map)
+        magic, version, crc32, length = PREFIX.unpack_from(self._map)
+        if magic != MAGIC:
+            raise self._refusal(f"it is no .bitnet file: it begins with {magic!r}")
+        if version != VERSION:
+            raise self._refusal(f"it is a .bitnet file of version {version}; this program reads version {VERSION}")
+        if length > HEADER_MAX or length > size - PREFIX.size:
+            raise self._refusal(f"its header should have {length} bytes, but {size - PREFIX.size} follow")
+        text = self._map[PREFIX.size : PREFIX.size + length]
+        if zlib.crc32(text) != crc32:
+            raise self._refusal("its header is damaged: its checksum differs")
+        try:
+            header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise self._refusal(f"its header is no JSON: {error}") from None
+        kinds = {"config": dict, "provenance": dict, "sections": list}
+        if not isinstance(header, dict) or any(not isinstance(header.get(name), kind) for name, kind in kinds.items()):
+            raise self._refusal(f"its header is no object with {', '.join(kinds)}")
+        for name, value in header["provenance"].items():
+            if not isinstance(value, str):
+                raise self._refusal(f"its provenance {name!r} is no text, but {value!r}")
+        return header, PREFIX.size + length
+
+    def _section(self, i: int, fields: Any) -> Section:
+        """Section i of the header, each of its fields checked by itself."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("name"), str) or not fields["name"]:
+            raise self._refusal(f"section {i} of its header has no name")
+        name, form, shape = fields["name"], fields.get("form"), fields.get("shape")
+        if form not in FORMS:
+            raise self._refusal(f"{name} has the unknown form {form!r}; known are {', '.join(FORMS)}")
+        unknown = sorted(fields.keys() - Section.__dataclass_fields__.keys())
+        if unknown:
+            raise self._refusal(f"{name} has an unknown field {unknown[0]!r}")
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 8 or not all(_is_size(d) and d > 0 for d in shape):
+            raise self._refusal(f"{name} has no shape of positive sizes, but {shape!r}")
+        for key, limit in (("offset", 2**63), ("bytes", 2**63), ("crc32", 2**32)):
+            if not _is_size(fields.get(key)) or fields[key] >= limit:
+                raise self._refusal(f"{name} has {key} {fields.get(key)!r}, which is no number below {limit}")
+        section = Section(name, form, tuple(shape), fields["offset"], fields["bytes"], fields["crc32"], _scale(fields))
+        if (section.scale is None) == (form in TERNARY) or (section.scale is None and fields.get("scale") is not None):
+            raise self._refusal(f"{name} ({form}) has the scale {fields.get('scale')!r}")
+        if form in TERNARY and len(shape) != 2:
+            raise self._refusal(f"{name} has ternary codes of shape {shape}, which is no matrix")
+        needed = bytes_needed(form, section.count)
+        if section.bytes < 1 or section.bytes != (needed or section.bytes):
+            raise self._refusal(f"{name} has {section.bytes} bytes, but {needed or 'at least 1'} for its shape {shape}")
+        if (form == "bytes") != name.startswith(TOKENIZER) or (form == "bytes" and not _is_file_name(name)):
+            raise self._refusal(f"{name!r} is no name of a section of form {form}")
+        return section
+
+    def _check_layout(self, begin: int) -> None:
+        """Each section follows the one before, with nothing but zeros between, and the last ends the file."""
+        end, size = begin, len(self._map)
+        for section in self.sections.values():
+            if section.offset != -(-end // ALIGN) * ALIGN:
+                raise self._refusal(f"{section.name} begins at {section.offset}, not at the next multiple of {ALIGN} "
+                                    f"after {end}")  # fmt: skip
+            if section.end > size:
+                raise self._refusal(f"it is cut off: {section.name} ends at {section.end}, the file at {size}")
+            if any(self._map[end : section.offset]):
+                raise self._refusal(f"the space before {section.name} is damaged: it is not zero")
+            end = section.end
+        if end != size:
+            raise self._refusal(f"its last section ends at {end}, the file at {size}")
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < PREFIX.size:
+                raise CheckpointError(f"{path}: it is no .bitnet file: it has {size} bytes")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def bytes_needed(form: str, count: int) -> int | None:
+    """Bytes of `count` elements; None where that depends on their values."""
+    return {"f32": 4 * count, "bf16": 2 * count, "fifths": -(-count // 5), "bytes": count}.get(form)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether what follows the prefix is one plain name, which a folder made for it can hold."""
+    base = name.removeprefix(TOKENIZER)
+    return base not in ("", ".", "..") and not any(c in base for c in "/\\:\0") and base.isprintable()
+
+
+def _scale(fields: dict[str, Any]) -> float | None:
+    """A positive finite f32, or None."""
+    value = fields.get("scale")
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not 0 < value < 3.5e38
+        or float(np.float32(value)) != value
+    ):
+        return None
+    return float(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"a name comes twice: {next(name for name in names if names.count(name) > 1)!r}")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a section: any C-contiguous buffer. scale: of ternary codes."""
+
+    form: str
+    data: Buffer
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section to be: `make` is called once, when its turn has come, so that one part at a time is in memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Content]
+
+
+def file_parts(files: dict[str, bytes]) -> list[Part]:
+    """Parts of form bytes for files of a tokenizer, by name."""
+    return [Part(TOKENIZER + name, (len(data),), partial(Content, "bytes", data)) for name, data in files.items()]
+
+
+def write(
+    path: str | Path,
+    config: dict[str, Any],
+    provenance: dict[str, str],
+    parts: Sequence[Part],
+    *,
+    force: bool = False,
+    progress: Callable[[Sequence[Part]], Iterable[Part]] | None = None,
+) -> None:
+    """Writes a file that is either complete or not there: under another name first, synced, then renamed.
+
+    force: replace a file that exists. progress: wraps the parts, as tqdm does. Raises CheckpointError (a full disk),
+    leaving no trace.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".partial-{path.name}")
+    _refuse_existing(path, force)
+    try:
+        try:
+            with open(unfinished, "wb") as file:
+                _write(file, config, provenance, parts, parts if progress is None else progress(parts))
+                file.flush()
+                os.fsync(file.fileno())
+            _refuse_existing(path, force)
+            unfinished.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
+
+
+def _write(file: Any, config: dict[str, Any], provenance: dict[str, str], parts: Sequence[Part],
+           ordered: Iterable[Part]) -> None:  # fmt: skip
+    # The header comes first but is known last, so its room is that of the longest numbers there could be.
+    longest = [Section(part.name, "fifths-coded", part.shape, 2**63, 2**63, 2**32 - 1, -2.2250738585072014e-308)
+               for part in parts]  # fmt: skip
+    room = -(-(PREFIX.size + len(_header(config, provenance, longest))) // ALIGN) * ALIGN
+    if room - PREFIX.size > HEADER_MAX:
+        raise CheckpointError(f"a header of {room - PREFIX.size} bytes is longer than the {HEADER_MAX} that are read")
+    file.write(bytes(room))
+    sections, end = [], room
+    for part in ordered:
+        content = part.make()
+        data = memoryview(content.data).cast("B")
+        offset = -(-end // ALIGN) * ALIGN
+        file.write(bytes(offset - end))
+        file.write(data)
+        sections.append(
+            Section(part.name, content.form, part.shape, offset, data.nbytes, zlib.crc32(data), content.scale)
+        )
+        end = offset + data.nbytes
+        del content, data  # before the next is made
+    text = _header(config, provenance, sections).ljust(room - PREFIX.size)
+    file.seek(0)
+    file.write(PREFIX.pack(MAGIC, VERSION, zlib.crc32(text), len(text)) + text)
+
+
+def _header(config: dict[str, Any], provenance: dict[str, str], sections: Sequence[Section]) -> bytes:
+    entries = [{name: value for name, value in asdict(section).items() if value is not None} for section in sections]
+    header = {"config": config, "provenance": provenance, "sections": entries}
+    return json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _refuse_existing(path: Path, force: bool) -> None:
+    if path.is_dir() or (path.exists() and not force):
+        raise CheckpointError(f"{path} exists already" + ("" if path.is_dir() else "; --force replaces it"))
+
+
+def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no handle of a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
