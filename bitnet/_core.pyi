@@ -15,6 +15,8 @@ from typing_extensions import Buffer, CapsuleType
 class ShapeError(ValueError):
     """Tensors whose shapes do not fit an operation."""
 
+_Bytes = Buffer | np.ndarray[Any, Any]  # NumPy's own stubs call an array a Buffer from Python 3.12 on
+
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> CapsuleType: ...
 
@@ -231,16 +233,16 @@ def pack_ternary(codes: Tensor, /) -> Tensor:
 def pack_fifths(codes: Tensor, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """i8 (any shape) -> uint8 (ceil(size / 5),): byte j is the codes j, j + m, .. j + 4m, plus 1, in base three."""
 
-def unpack_fifths(source: Buffer, rows: int, cols: int, /) -> Tensor:
+def unpack_fifths(source: _Bytes, rows: int, cols: int, /) -> Tensor:
     """Bytes of pack_fifths -> i8 (rows, cols). ValueError names a byte that cannot be of it."""
 
-def rans_encode(source: Buffer, /) -> bytes:
+def rans_encode(source: _Bytes, /) -> bytes:
     """Bytes -> a stream that takes little more than their entropy (csrc/formats/rans.h)."""
 
-def rans_decode(stream: Buffer, size: int, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def rans_decode(stream: _Bytes, size: int, /) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The `size` bytes that a stream codes. ValueError says what is damaged; nothing outside the stream is read."""
 
-def from_buffer(source: Buffer, dtype: str, shape: Sequence[int], /) -> Tensor:
+def from_buffer(source: _Bytes, dtype: str, shape: Sequence[int], /) -> Tensor:
     """A tensor over a buffer's memory, which it holds: exactly its elements, aligned; read-only if the buffer is."""
 
 # ---- the optimizer's kernels ----

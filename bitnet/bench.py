@@ -122,7 +122,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitnet bench", description=(__doc__ or "").split("\n\n")[0],
                                      epilog=(__doc__ or "").split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a trained run or checkpoint")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a trained run, a checkpoint or a .bitnet file")
     parser.add_argument("--preset", choices=PRESETS, metavar="P", help=f"instead of a run: {', '.join(PRESETS)}")
     parser.add_argument("--random", action="store_true", help="with --preset: its weights, random")
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")

@@ -70,14 +70,23 @@ class Checkpoint:
 
 
 def from_pretrained(path: str | Path) -> BitNetForCausalLM:
-    """Opens a run folder (its newest complete checkpoint) or a checkpoint folder.
+    """Opens a run folder (its newest complete checkpoint), a checkpoint folder, or a packed `.bitnet` file.
 
     The model's attribute `tokenizer` is the one it was trained with. CheckpointError names what is missing or damaged.
     """
     folder = Path(path)
+    if folder.is_file():
+        from bitnet.packing import load_packed
+
+        return load_packed(folder)
+    return open_checkpoint(folder).model()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """What a run folder (its newest complete checkpoint) or a checkpoint folder holds. Raises CheckpointError."""
     for is_format, read in FORMATS:
         if is_format(folder):
-            return read(folder).model()
+            return read(folder)
     if not folder.exists():
         raise CheckpointError(f"there is no folder {folder}")
     raise CheckpointError(f"{folder} is neither a run (no folder checkpoints) nor a checkpoint (no {CONFIG})")
@@ -139,7 +148,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-# What from_pretrained opens: a test of the folder, and its reader.
+# What open_checkpoint opens: a test of the folder, and its reader.
 FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [(_is_run, newest), (_is_checkpoint, load)]
 
 
@@ -246,7 +255,11 @@ def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, 
 
 def read_config(path: Path) -> BitNetConfig:
     """The model's shape from a config.json. Raises CheckpointError naming the field that is missing or wrong."""
-    values = _read_json(path)
+    return config_from(_read_json(path), path)
+
+
+def config_from(values: dict[str, Any], path: Path) -> BitNetConfig:
+    """The model's shape from the fields of a config.json; path: what an error names."""
     missing = [name for name in PUBLISHED if name not in values]
     if missing:
         raise CheckpointError(f"{path} is not the config of a BitNet model: it has no {', '.join(missing)}")

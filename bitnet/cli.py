@@ -11,6 +11,8 @@ COMMANDS = {
     "train": ("bitnet.train", "train a model; with no flags, a complete small run"),
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
+    "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
+    "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),
     "bench": ("bitnet.bench", "speed of generation, beside what memory and processor allow"),
 }
 
@@ -27,6 +29,7 @@ start here:
   bitnet generate runs/nano-stdlib-001 -p "def "      lets the model write
   bitnet evaluate runs/nano-stdlib-001 --data FILE    measures it on a text
   bitnet train --resume runs/nano-stdlib-001          goes on with a run that was stopped
+  bitnet pack runs/nano-stdlib-001 -o nano.bitnet     one file that generate, evaluate and bench open too
 
 `bitnet COMMAND --help` explains a command; `python -m bitnet.COMMAND` is the same."""
 

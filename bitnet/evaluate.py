@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Loss, perplexity and bits per byte of a trained model on a text it has not seen.",
         epilog="example: bitnet evaluate runs/nano-stdlib-001 --data held_out.txt --json result.json",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint folder in it")
+    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
     parser.add_argument(
         "--data", nargs="+", required=True, type=Path, metavar="PATH", help="text or .jsonl, or folders"
     )

@@ -22,7 +22,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Continue a prompt with a trained model. The same seed gives the same text on every machine.",
         epilog='example: bitnet generate runs/nano-stdlib-001 -p "def main(" --temperature 0.7 --top-p 0.95',
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint folder in it")
+    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
     parser.add_argument(
         "-p",
         "--prompt",
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe(model: BitNetForCausalLM) -> str:
     """What the command runs on, in one line."""
     cuda = "CUDA" if has_cuda() else "no CUDA in this build"
-    parameters = f"{model.num_parameters() / 1e6:.1f} M parameters"
+    packed = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears() if layer.is_packed)
+    parameters = f"{(model.num_parameters() + packed) / 1e6:.1f} M parameters"
     return f"cpu: {current_isa()}, {get_threads()} threads; {cuda}; model: {parameters}"
 
 
@@ -73,11 +74,10 @@ def _run(args: argparse.Namespace) -> int:
         set_threads(args.threads)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     model = from_pretrained(args.run)
-    introduction = describe(model)
     model.pack()  # nothing here is trained: a token reads a sixteenth of the memory
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     stream = TextStream(model, prompt, sampler, args.max_new_tokens, args.stop)
-    print(introduction, file=sys.stderr)
+    print(describe(model), file=sys.stderr)
     if sys.stdout.isatty() and prompt:
         print(f"\033[2m{prompt}\033[0m", end="", flush=True)  # faint
     reason = _print(stream, not args.no_stream)

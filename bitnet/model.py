@@ -9,7 +9,7 @@ KV key/value heads, D head size, F intermediate_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ class Factory:
     def __init__(self, config: BitNetConfig, seed: int) -> None:
         self.config, self.seed = config, seed
 
-    def matrix(self, name: str, rows: int, cols: int) -> nn.Parameter:
+    def matrix(self, name: str, rows: int, cols: int) -> Tensor:
         """N(0, initializer_range^2)."""
         return nn.normal((rows, cols), self.config.initializer_range, self.seed, f"{name}.weight")
 
@@ -164,7 +164,9 @@ class BitNetForCausalLM(nn.Module):
     a function of (config, seed), and of the factory that makes the parts.
     """
 
-    def __init__(self, config: BitNetConfig, seed: int = 0, factory: type[Factory] = Factory) -> None:
+    def __init__(
+        self, config: BitNetConfig, seed: int = 0, factory: Callable[[BitNetConfig, int], Factory] = Factory
+    ) -> None:
         self.config = config
         make = factory(config, seed)
         self.model = BitNetModel(make)
