@@ -113,6 +113,14 @@ class BitnetFile:
         if not self.is_whole(section):
             raise self._refusal(f"{section.name} is damaged: its checksum differs from the one in the header")
 
+    def release(self, section: Section) -> None:
+        """Takes the section's pages out of this process's memory; who looks at them again has them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = -(-section.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = section.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
+            if length > 0:
+                self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+
     def fifths(self, section: Section) -> memoryview:
         """The codes of a ternary section, five a byte: shared, or decoded. CheckpointError if they do not decode."""
         if section.form == "fifths":

@@ -184,7 +184,7 @@ def load_packed(path: str | Path, verify: bool = True) -> BitNetForCausalLM:
     config = config_from(file.config, file.path)
     with ThreadPoolExecutor(get_threads()) as pool:
         tensors = {name: section for name, section in file.sections.items() if section.form != "bytes"}
-        checks = {name: pool.submit(file.verify, section) for name, section in tensors.items()} if verify else {}
+        checks = {name: pool.submit(_verify, file, section) for name, section in tensors.items()} if verify else {}
         try:
             model = _model(file, config, tensors, checks)
         finally:
@@ -194,6 +194,12 @@ def load_packed(path: str | Path, verify: bool = True) -> BitNetForCausalLM:
     vars(model).update(tokenizer=open_tokenizer(file), checkpoint=file.path, provenance=told, step=step,
                        trained_seq_len=seq_len)  # fmt: skip
     return model
+
+
+def _verify(file: BitnetFile, section: Section) -> None:
+    """verify() runs far ahead of what is prepared, so it leaves no pages behind: memory stays near the model's own."""
+    file.verify(section)
+    file.release(section)
 
 
 def _number(text: str) -> int | None:
@@ -211,7 +217,9 @@ def _model(
             raise CheckpointError(f"{file.path}: {name} has shape {section.shape}, but {shape} by its config")
         if name in checks:
             checks[name].result()
-        return read_tensor(file, section)
+        tensor = read_tensor(file, section)
+        file.release(section)
+        return tensor
 
     try:
         model = BitNetForCausalLM(
