@@ -58,6 +58,13 @@ def layout_of(model: BitNetForCausalLM) -> str:
     return next((_core.ternary_layout(layer.weight) or "8" for _, layer in model.bitlinears()), "no")
 
 
+def head_of(model: BitNetForCausalLM) -> str:
+    """Form of the output head."""
+    return (
+        "ternary" if model.config.quantize_head else model.head_weight.dtype if model.head is None else model.head.form
+    )
+
+
 def step_bytes(model: BitNetForCausalLM, batch: int, length: float) -> float:
     """Bytes that a step of `batch` sequences reads: weights once, and the cache of `length` tokens of each."""
     c = model.config
@@ -131,8 +138,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="medians are of these (default 3)")
     parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", metavar="L",
                         help="bits of a ternary weight: 2, 1.6, or auto, which tries both (default)")  # fmt: skip
-    parser.add_argument("--head", choices=HEADS, default="f32", metavar="H",
-                        help=f"form of the output head: {', '.join(HEADS)} (default f32)")  # fmt: skip
+    parser.add_argument("--head", choices=HEADS, metavar="H",
+                        help=f"form of the output head: {', '.join(HEADS)} (default: as it is stored)")  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser
@@ -167,13 +174,13 @@ def _run(args: argparse.Namespace) -> int:
         set_threads(args.threads)
     model = load(args)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
-          f"{layout_of(model)} bits a ternary weight, head {args.head}; "
+          f"{layout_of(model)} bits a ternary weight, head {head_of(model)}; "
           f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
     found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
     print(describe(found))
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        settings |= {"threads": get_threads(), "layout": layout_of(model)}
+        settings |= {"threads": get_threads(), "layout": layout_of(model), "head": head_of(model)}
         args.json.write_text(json.dumps({**found, "isa": current_isa(), "settings": settings}, indent=1) + "\n")
     return 0
 

@@ -194,18 +194,19 @@ class BitNetForCausalLM(nn.Module):
         """The output matrix (V, C): lm_head's, or the embedding's where they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def pack(self, layout: str = "auto", head: str = "f32") -> BitNetForCausalLM:
+    def pack(self, layout: str = "auto", head: str | None = None) -> BitNetForCausalLM:
         """Packs the ternary layers (Module.pack) and gives the output head a form of bitnet.head; returns self.
 
-        With "f32" the logits stay those of training, bit for bit. In every other form the matrix is rounded to bf16
-        first, with the embedding where they are tied. ValueError for a form that the head cannot have.
+        None keeps the head as it is: f32, with the logits of training, bit for bit, or bf16 in a file that has it so.
+        In every form but f32 the matrix is rounded to bf16 first, with the embedding where they are tied. ValueError
+        for a form that the head cannot have.
         """
         super().pack(layout)
         if self.config.quantize_head:
-            if head != "f32":
+            if head is not None:
                 raise ValueError(f"this model's head is ternary: it has no form {head}")
             return self
-        self.head = Head(self.head_weight, head)
+        self.head = Head(self.head_weight, head or self.head_weight.dtype)
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
         owner.weight = self.head.exact
         return self

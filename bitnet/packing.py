@@ -7,6 +7,7 @@ loses nothing, else in f32, unless the caller decides; norms always in f32.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from bitnet.bitnet_file import TERNARY, BitnetFile, Content, Part, Section, file
 from bitnet.checkpoint import Checkpoint, config_from, config_json
 from bitnet.config import BitNetConfig
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.layout import choose_layout
 from bitnet.model import BitNetForCausalLM, Factory
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -76,14 +78,14 @@ def save_packed(
     write(path, config_json(model.config, tokenizer), provenance or {}, parts, force=force, progress=progress)
 
 
-def _weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | nn.Parameter]]:
-    """Everything a model is made of, by name: ternary layers, and parameters of the others."""
+def _weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:
+    """Everything a model is made of, by name: ternary layers, and tensors of the others."""
     for path, module in model.named_modules():
         if isinstance(module, nn.BitLinear):
             yield f"{path}.weight", module
             continue
         for name, value in vars(module).items():
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, Tensor):
                 yield f"{path}.{name}", value
 
 
@@ -100,7 +102,8 @@ def _ternary(layer: nn.BitLinear, coded: bool) -> Content:
 
 
 def _floats(weight: Tensor, form: str | None) -> Content:
-    values = weight.numpy()
+    with ops.no_grad():
+        values = weight.to("f32").numpy()
     if form is None:
         bits = values.reshape(-1).view(np.uint32)
         exact = values.ndim == 2 and not any((part & 0xFFFF).any() for part in _chunks(bits))
@@ -173,20 +176,22 @@ def provenance_of(saved: Checkpoint) -> dict[str, str]:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_packed(path: str | Path, verify: bool = True) -> BitNetForCausalLM:
-    """The packed model in a `.bitnet` file, for inference.
+def load_packed(path: str | Path, verify: bool = True, layout: str = "auto") -> BitNetForCausalLM:
+    """The packed model in a `.bitnet` file, for inference; layout as for Module.pack.
 
     Layers are prepared one after the other while other threads verify the checksums of the next ones; matrices in f32
-    are used where they lie in the mapped file. The model's attributes tokenizer (or None), checkpoint (the path),
-    provenance, step and trained_seq_len (or None) say more. Raises CheckpointError naming what is missing or damaged.
+    and bf16 are used where they lie in the mapped file. The model's attributes tokenizer (or None), checkpoint (the
+    path), provenance, step and trained_seq_len (or None) say more. Raises CheckpointError naming what is
+    missing or damaged.
     """
     file = BitnetFile(path)
     config = config_from(file.config, file.path)
     with ThreadPoolExecutor(get_threads()) as pool:
         tensors = {name: section for name, section in file.sections.items() if section.form != "bytes"}
         checks = {name: pool.submit(_verify, file, section) for name, section in tensors.items()} if verify else {}
+        codes = sum(math.prod(section.shape) for section in tensors.values() if section.form in TERNARY)
         try:
-            model = _model(file, config, tensors, checks)
+            model = _model(file, config, tensors, checks, choose_layout(codes, layout))
         finally:
             pool.shutdown(cancel_futures=True)
     told = file.provenance
@@ -207,7 +212,11 @@ def _number(text: str) -> int | None:
 
 
 def _model(
-    file: BitnetFile, config: BitNetConfig, tensors: dict[str, Section], checks: dict[str, Future[None]]
+    file: BitnetFile,
+    config: BitNetConfig,
+    tensors: dict[str, Section],
+    checks: dict[str, Future[None]],
+    layout: str,
 ) -> BitNetForCausalLM:
     def take(name: str, shape: tuple[int, ...]) -> Tensor:
         section = tensors.get(name)
@@ -217,7 +226,7 @@ def _model(
             raise CheckpointError(f"{file.path}: {name} has shape {section.shape}, but {shape} by its config")
         if name in checks:
             checks[name].result()
-        tensor = read_tensor(file, section)
+        tensor = read_tensor(file, section, layout)
         file.release(section)
         return tensor
 
@@ -226,13 +235,11 @@ def _model(
             config, factory=partial(GivenFactory, give=lambda name, rows, cols: take(name, (rows, cols)))
         )
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                is_ternary = not isinstance(module.weight, nn.Parameter)
-                if is_ternary != isinstance(module, nn.BitLinear):
-                    form = tensors[f"{path}.weight"].form
-                    raise CheckpointError(
-                        f"{file.path}: {path}.weight is stored as {form}, which its config does not want"
-                    )
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            if (module.weight.dtype == "prepared") != isinstance(module, nn.BitLinear):
+                form = tensors[f"{path}.weight"].form
+                raise CheckpointError(f"{file.path}: {path}.weight is stored as {form}, which its config does not want")
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         _fill(model, file.path, tensors.keys(), lambda name: take(name, shapes[name]).numpy())
     except BitnetError:
@@ -242,17 +249,18 @@ def _model(
     return model
 
 
-def read_tensor(file: BitnetFile, section: Section) -> Tensor:
-    """A section as a model uses it: ternary codes prepared, floats as an f32 parameter. Raises CheckpointError."""
+def read_tensor(file: BitnetFile, section: Section, layout: str = "2") -> Tensor:
+    """A section as a model uses it: ternary codes prepared, f32 as a parameter, bf16 as it is. CheckpointError."""
     try:
         if section.form in TERNARY:
             rows, cols = section.shape
             assert section.scale is not None
-            # The one place where packed codes are made ready for products.
-            return _core.prepare_ternary(_core.unpack_fifths(file.fifths(section), rows, cols), section.scale)
+            return _core.prepare_fifths(file.fifths(section), rows, cols, section.scale, layout)
         tensor = _core.from_buffer(file.view(section), section.form, section.shape)
-        with ops.no_grad():  # the one place where bf16 is widened
-            return nn.Parameter(tensor.to("f32") if section.form == "bf16" else tensor)
+        if section.form == "bf16" and len(section.shape) == 2:
+            return tensor
+        with ops.no_grad():
+            return nn.Parameter(tensor.to("f32"))
     except BitnetError:
         raise
     except ValueError as error:

@@ -231,7 +231,7 @@ def test_a_damaged_section_is_named_when_it_is_loaded(tmp_path: Path) -> None:
     data = bytearray(good)
     data[section.offset] = 250
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{Q} cannot be read: byte 0 of packed codes is 250"):
+    with pytest.raises(CheckpointError, match=f"{Q} cannot be read: row 0 of a ternary weight has 1 bytes above 242"):
         load_packed(path, verify=False)
 
 
