@@ -168,7 +168,7 @@ class Samples(Callback):
         try:
             text = generate(
                 trainer.model, prompt, max_new_tokens=tokens, temperature=0.8, top_p=0.95,
-                seed=record["step"], tokenizer=trainer.tokenizer,
+                seed=record["step"], tokenizer=trainer.tokenizer, context="stop",
             )  # fmt: skip
         except BitnetError as error:  # a prompt the tokenizer cannot spell is no reason to stop training
             text = f"(no sample: {error})"

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bitnet import current_isa, get_threads, set_threads
+from bitnet import current_isa, generation_options, get_threads, set_threads
 from bitnet._core import has_cuda
 from bitnet.command import exit_status
-from bitnet.decoding import TextStream
+from bitnet.decoder import ContextFullError
 from bitnet.model import BitNetForCausalLM
-from bitnet.sampling import Sampler
+from bitnet.text_stream import TextStream
+from bitnet.token_stream import CONTEXTS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,17 +32,18 @@ def arguments() -> argparse.ArgumentParser:
         help="text to continue; - reads it from stdin, without its last line end",
     )
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
-    choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (default 0.8)")
-    choice.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
-    choice.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest that have probability P together"
-    )
-    choice.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
-    choice.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core; never changes the text")
     parser.add_argument("--no-stream", action="store_true", help="print once, when all is there")
+    parser.add_argument(
+        "--context",
+        choices=CONTEXTS,
+        default="error",
+        help="when the model's context is full: error (default), stop, or slide: run the newest half of the text again "
+        "as a new context and go on",
+    )
+    parser.add_argument("--keep", type=int, default=0, metavar="N", help="first tokens that stay when it slides")
+    generation_options.add_choice_flags(parser)
+    generation_options.add_speed_flags(parser)
     return parser
 
 
@@ -68,45 +70,50 @@ def _run_into_pipe(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from bitnet.checkpoint import from_pretrained
-
     if args.threads is not None:
         set_threads(args.threads)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    model = from_pretrained(args.run)
-    model.pack()  # nothing here is trained: a token reads a sixteenth of the memory
+    sampler = generation_options.sampler(args)
+    model = generation_options.load(args.run)
+    speculation = generation_options.speculation(args, model)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    stream = TextStream(model, prompt, sampler, args.max_new_tokens, args.stop)
+    stream = TextStream(
+        model, prompt, sampler, args.max_new_tokens, args.stop,
+        context=args.context, keep=args.keep, cache_dtype=args.cache_dtype, speculation=speculation,
+    )  # fmt: skip
     print(describe(model), file=sys.stderr)
     if sys.stdout.isatty() and prompt:
         print(f"\033[2m{prompt}\033[0m", end="", flush=True)  # faint
-    reason = _print(stream, not args.no_stream)
+    status, reason = _print(stream, not args.no_stream)
     ids = stream.ids
+    slides = f", {ids.slides} slides of the context" if ids.slides else ""
     print(
-        f"{len(ids.tokens)} tokens, {ids.tokens_per_second:.1f} tokens/s; "
+        f"{len(ids.tokens)} tokens, {ids.tokens_per_second:.1f} tokens/s"
+        f"{generation_options.describe_drafts(ids)}{slides}; "
         f"prompt: {ids.prompt_tokens} tokens in {ids.prompt_seconds:.2f} s; finish reason: {reason}",
         file=sys.stderr,
     )
-    return 130 if reason == "interrupted" else 0
+    return status
 
 
-def _print(stream: TextStream, at_once: bool) -> str:
-    """Print the text, piece by piece or at the end; returns the finish reason."""
-    text, reason = "", ""
+def _print(stream: TextStream, at_once: bool) -> tuple[int, str]:
+    """Print the text, piece by piece or at the end; returns the exit status and the finish reason."""
+    text, status, reason = "", 0, ""
     try:
         for piece in stream:
             text += piece
             if at_once:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        reason = "interrupted"
+        status, reason = 130, "interrupted"
         rest = stream.held()
         text += rest
         if at_once:
             print(rest, end="")
+    except ContextFullError as error:
+        status, reason = 2, f"error: {error}"
     print("" if at_once else text, end="" if text.endswith("\n") else "\n", flush=True)
     full = " (the model's context is full)" if stream.ids.is_context_full else ""
-    return reason or f"{stream.finish_reason}{full}"
+    return status, reason or f"{stream.finish_reason}{full}"
 
 
 if __name__ == "__main__":

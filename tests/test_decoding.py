@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import bitnet
 from bitnet import checkpoint, decoding
+from bitnet import decoder as decoder_module
 from bitnet.decoding import ContextFullError, Decoder, StopFilter, TextStream, TokenStream, generate, generate_ids
 from bitnet.errors import BitnetError, ConfigError
 from bitnet.generate import main as command
@@ -71,7 +72,7 @@ def test_cached_equals_whole(isa: str, shape: str, monkeypatch: pytest.MonkeyPat
     expected = whole(model, TOKENS)
     decoder = Decoder(model, batch=3)
     for prompt, chunk in ((1, 512), (7, 7), (20, 7), (41, 512)):
-        monkeypatch.setattr(decoding, "PREFILL", chunk)
+        monkeypatch.setattr(decoder_module, "PREFILL", chunk)
         decoder.reset()
         assert np.array_equal(decoder.prefill(TOKENS[:, :prompt].tolist()), expected[:, prompt - 1])
         for at in range(prompt, CONTEXT):
@@ -80,7 +81,7 @@ def test_cached_equals_whole(isa: str, shape: str, monkeypatch: pytest.MonkeyPat
 
 def test_each_sequence_is_as_if_alone(model: bitnet.BitNetForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of different lengths, in chunks, appended to twice."""
-    monkeypatch.setattr(decoding, "PREFILL", 5)
+    monkeypatch.setattr(decoder_module, "PREFILL", 5)
     decoder = Decoder(model, batch=3, capacity=40)
     firsts, seconds = (3, 14, 9), (2, 6, 1)
     logits = [decoder.prefill([row[:n].tolist() for row, n in zip(TOKENS, firsts, strict=True)])]
@@ -304,7 +305,7 @@ def test_how_ids_end(model: bitnet.BitNetForCausalLM) -> None:
 @pytest.mark.parametrize("prompt", [1, 40, CONTEXT])
 def test_a_full_context_ends_generation(model: bitnet.BitNetForCausalLM, prompt: int) -> None:
     """The token after the last position can still be drawn; there is no place to go on from it."""
-    stream = generate_ids(model, TOKENS[0, :prompt].tolist(), max_new_tokens=1000, temperature=0)
+    stream = generate_ids(model, TOKENS[0, :prompt].tolist(), max_new_tokens=1000, temperature=0, context="stop")
     ids = list(stream)
     assert len(ids) == CONTEXT - prompt + 1
     assert (stream.finish_reason, stream.is_context_full) == ("length", True)
@@ -476,6 +477,7 @@ def test_command_line(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     model = bitnet.from_pretrained(run)
     text = model.generate("ab\n", 60, temperature=1.1, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=3)
     flags = "--max-new-tokens 60 --temperature 1.1 --top-k 20 --top-p 0.9 --repetition-penalty 1.2 --seed 3".split()
+    flags += ["--speculate", "off"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n\n"))
     for folder, more in (
         (run, ["-p", "ab\n"]),
@@ -493,6 +495,32 @@ def test_command_line(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     out, err = capsys.readouterr()
     assert out == text[: text.index(text[40:45])] + "\n"
     assert err.endswith("finish reason: stop\n")
+
+
+def test_command_line_drafts_and_slides(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text with and without drafts, of a context that slides; what happened is said in the last line."""
+    short = bitnet.BitNetForCausalLM(CONFIG.replace(vocab_size=LETTERS.vocab_size), seed=1)
+    checkpoint.save(tmp_path / "short", 7, short, {}, {"step": 7}, LETTERS)
+    flags = [str(tmp_path / "short"), "-p", "ab", "--max-new-tokens", "120", "--context", "slide", "--keep", "2"]
+    outs = []
+    for more in (["--speculate", "off"], ["--speculate", "7"], [], ["--speculate", "3", "--draft", str(run)]):
+        assert command([*flags, *more]) == 0
+        out, err = capsys.readouterr()
+        outs.append(out)
+        drafts = re.search(r"tokens/s(, (\d+) of (\d+) drafted tokens right)?, 4 slides of the context; prompt", err)
+        assert drafts is not None
+        assert (drafts[1] is None) == ("off" in more) or not more
+    assert len(set(outs)) == 1
+    assert command([*flags[:5], "--context", "stop"]) == 0
+    assert capsys.readouterr().err.endswith("finish reason: length (the model's context is full)\n")
+    assert command(flags[:5]) == 2
+    out, err = capsys.readouterr()
+    assert len(out.removesuffix("\n")) >= CONTEXT - 2
+    assert f"finish reason: error: the context of {CONTEXT} positions is full after a prompt of 2" in err
+    other = bitnet.BitNetForCausalLM(CONFIG, seed=1)
+    checkpoint.save(tmp_path / "other", 7, other, {}, {"step": 7}, ByteTokenizer())
+    assert command([*flags, "--draft", str(tmp_path / "other")]) == 2
+    assert "cannot draft: its tokenizer is not the model's" in capsys.readouterr().err
 
 
 def last_line(text: str) -> str:
@@ -520,15 +548,15 @@ def test_an_interruption_gives_held_text_away(
     run: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = bitnet.from_pretrained(run).generate("a", 6)
-    steps, step = iter(range(5)), Decoder.step
+    steps, extend = iter(range(6)), Decoder.extend  # the prompt and five more
 
-    def interrupted(self: Decoder, tokens: list[int]) -> np.ndarray:
+    def interrupted(self: Decoder, tokens: list[list[int]]) -> np.ndarray:
         if next(steps, None) is None:
             raise KeyboardInterrupt
-        return step(self, tokens)
+        return extend(self, tokens)
 
-    monkeypatch.setattr(Decoder, "step", interrupted)
-    assert command([str(run), "-p", "a", "--stop", text[3:6] + "zzz", *flags]) == 130
+    monkeypatch.setattr(Decoder, "extend", interrupted)
+    assert command([str(run), "-p", "a", "--speculate", "off", "--stop", text[3:6] + "zzz", *flags]) == 130
     out, err = capsys.readouterr()
     assert out == text + "\n" * (text[-1] != "\n")
     assert last_line(err).startswith("6 tokens, ")
