@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bitnet.batching import Batch, generate_batch
 from bitnet.decoder import ContextFullError, Decoder, Logits
 from bitnet.drafting import ModelDrafter, NgramDrafter, Speculation
 from bitnet.model import BitNetForCausalLM
@@ -19,6 +20,7 @@ from bitnet.token_stream import TokenStream
 from bitnet.tokenizer import Tokenizer
 
 __all__ = [
+    "Batch",
     "ContextFullError",
     "Decoder",
     "Logits",
@@ -30,6 +32,7 @@ __all__ = [
     "TextStream",
     "TokenStream",
     "generate",
+    "generate_batch",
     "generate_ids",
     "prompt_ids",
 ]

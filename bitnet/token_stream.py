@@ -52,16 +52,7 @@ class TokenStream(Iterator[int]):
         cache_dtype: str = "f32",
     ) -> None:
         limit = model.config.max_position_embeddings if decoder is None else decoder.capacity
-        if len(prompt) == 0:
-            raise ConfigError("a prompt of at least one token is needed")
-        if max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-        if context not in CONTEXTS:
-            raise ConfigError(f"context must be one of {', '.join(CONTEXTS)}, not {context!r}")
-        if len(prompt) > limit and context != "slide":
-            raise ContextFullError(f"the prompt has {len(prompt)} tokens, more than the model's context of {limit}")
-        if context == "slide" and not 0 <= keep <= limit - 2:
-            raise ConfigError(f"keep must be 0 to {limit - 2}, two less than the context, not {keep}")
+        require_request(prompt, max_new_tokens, limit, context, keep)
         self.prompt_tokens = len(prompt)
         self.tokens: list[int] = []  # drawn so far
         self.finish_reason: str | None = None
@@ -150,5 +141,23 @@ class TokenStream(Iterator[int]):
         if len(sequence) <= self._decoder.capacity and len(self.tokens) == 0:
             return sequence
         self.slides += 1
-        newest = (self._decoder.capacity - self._keep) // 2
-        return sequence[: self._keep] + sequence[len(sequence) - newest :]
+        return slide(sequence, self._decoder.capacity, self._keep)
+
+
+def slide(sequence: list[int], capacity: int, keep: int) -> list[int]:
+    """The first `keep` tokens of a sequence that is too long, and so many of the newest that as many fit again."""
+    return sequence[:keep] + sequence[len(sequence) - (capacity - keep) // 2 :]
+
+
+def require_request(prompt: Sequence[int], max_new_tokens: int, limit: int, context: str, keep: int) -> None:
+    """ConfigError or ContextFullError, in a sentence, for what cannot be generated in `limit` positions."""
+    if len(prompt) == 0:
+        raise ConfigError("a prompt of at least one token is needed")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if context not in CONTEXTS:
+        raise ConfigError(f"context must be one of {', '.join(CONTEXTS)}, not {context!r}")
+    if context == "slide" and not 0 <= keep <= limit - 2:
+        raise ConfigError(f"keep must be 0 to {limit - 2}, two less than the context, not {keep}")
+    if len(prompt) > limit and context != "slide":
+        raise ContextFullError(f"the prompt has {len(prompt)} tokens, more than the model's context of {limit}")
