@@ -10,6 +10,7 @@ COMMANDS = {
     "data": ("bitnet.data_cli", "turn text into packed tokens"),
     "train": ("bitnet.train", "train a model; with no flags, a complete small run"),
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
+    "chat": ("bitnet.chat", "talk with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
     "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
     "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -50,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
-    return exit_status(lambda: _run_into_pipe(args))
+    return exit_status(lambda: generation_options.until_reader_leaves(lambda: _run(args)))
 
 
 def describe(model: BitNetForCausalLM) -> str:
@@ -59,14 +58,6 @@ def describe(model: BitNetForCausalLM) -> str:
     packed = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears() if layer.is_packed)
     parameters = f"{(model.num_parameters() + packed) / 1e6:.1f} M parameters"
     return f"cpu: {current_isa()}, {get_threads()} threads; {cuda}; model: {parameters}"
-
-
-def _run_into_pipe(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except BrokenPipeError:  # the reader of a pipe has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit may go
-        return 0
 
 
 def _run(args: argparse.Namespace) -> int:

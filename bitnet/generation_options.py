@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 
 from bitnet.cache import DTYPES
 from bitnet.drafting import MOST, Drafter, ModelDrafter, NgramDrafter, Speculation
@@ -11,6 +14,15 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 from bitnet.text_stream import tokenizer_of
 from bitnet.token_stream import TokenStream
+
+
+def until_reader_leaves(work: Callable[[], int]) -> int:
+    """work()'s own status; 0 where the reader of a pipe has enough."""
+    try:
+        return work()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit may go
+        return 0
 
 
 def load(run: str) -> BitNetForCausalLM:

@@ -41,6 +41,11 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int | None = None
     eos_id: int | None = None
+    chat_template: str | None = None  # Jinja, as published with chat models
+
+    def special_tokens(self) -> dict[str, int]:
+        """Ids by name of the tokens that no text gives, as far as they have names."""
+        return {}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -290,7 +295,12 @@ class FileTokenizer(Tokenizer):
     name = "file"
 
     def __init__(
-        self, text: str, bos: str | None = None, eos: str | None = None, source: str = "tokenizer.json"
+        self,
+        text: str,
+        bos: str | None = None,
+        eos: str | None = None,
+        source: str = "tokenizer.json",
+        chat_template: str | None = None,
     ) -> None:
         from tokenizers import Tokenizer as Backend
 
@@ -303,6 +313,7 @@ class FileTokenizer(Tokenizer):
         backend.no_padding()
         self._text, self._backend = text, backend
         self._names = {"bos_token": bos, "eos_token": eos}
+        self.chat_template = chat_template
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise DataError(f"{source} has no tokens")
@@ -316,13 +327,26 @@ class FileTokenizer(Tokenizer):
     @classmethod
     def load(cls, path: Path) -> FileTokenizer:
         names: list[str | None] = [None, None]
+        template = None
         config = path.with_name("tokenizer_config.json")
         if config.is_file():
             fields = _read_json(config)
             for i, key in enumerate(("bos_token", "eos_token")):
                 value = fields.get(key)
                 names[i] = value.get("content") if isinstance(value, dict) else value
-        return cls(_read_text(path), names[0], names[1], str(path))
+            template = _chat_template(fields.get("chat_template"))
+        file = path.with_name("chat_template.jinja")
+        if file.is_file():
+            template = _read_text(file)
+        return cls(_read_text(path), names[0], names[1], str(path), template)
+
+    def special_tokens(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        names = {token.content: id_ for id_, token in added.items() if token.special}
+        for name, id_ in zip(self._names.values(), (self.bos_id, self.eos_id), strict=True):
+            if name is not None and id_ is not None:
+                names[name] = id_
+        return names
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
@@ -340,7 +364,8 @@ class FileTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> list[str]:
         (Path(folder) / "tokenizer.json").write_bytes(self._text.encode())
-        return ["tokenizer.json", *_write_json(folder, "tokenizer_config.json", self._names)]
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return ["tokenizer.json", *_write_json(folder, "tokenizer_config.json", self._names | template)]
 
 
 class _WindowStream:
@@ -421,6 +446,13 @@ def _stretches(documents: Iterable[str]) -> Iterator[str]:
     for text in documents:
         for part in re.split("[\t\0\u2581\u2585]", text):
             yield from re.findall(r"(?s).{1,4000}(?!\S)|.{1,4000}", part)
+
+
+def _chat_template(value: Any) -> str | None:
+    """Of a tokenizer_config.json: one template, or several of which one is named default."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
+    return value if isinstance(value, str) else None
 
 
 def _first_line(error: Exception) -> str:
