@@ -131,7 +131,10 @@ class Batch:
         self._events = [event for event in self._events if event.request != request]
 
     def step(self) -> list[Event]:
-        """One more token for every sequence whose prompt has been run, and up to PREFILL tokens of prompts."""
+        """One more token for every sequence whose prompt has been run, and up to PREFILL tokens of prompts.
+
+        An exception on the way, such as Ctrl-C, loses nothing: the next step() goes on.
+        """
         waiting = {number: self._pending(request) for number, request in self._requests.items()}
         ready = [number for number, pending in waiting.items() if len(pending) == 1]
         if ready:
@@ -145,7 +148,10 @@ class Batch:
         return events
 
     def _pending(self, request: Request) -> list[int]:
-        return request.window[len(self._held[request.slot]) :]
+        """Tokens to run: at least the newest, which an interrupted step may have run without drawing the next."""
+        held = self._held[request.slot]
+        del held[len(request.window) - 1 :]
+        return request.window[len(held) :]
 
     def _decode(self, numbers: list[int]) -> None:
         requests = [self._requests[number] for number in numbers]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -137,6 +139,38 @@ def test_the_model_is_called_once_a_step(model: bitnet.BitNetForCausalLM, monkey
         batch.add([i + 9], Sampler(0), 5 + i)
     drain(batch)
     assert len(calls) == 4
+
+
+class Interrupted(Sampler):
+    """Is interrupted at every third draw, once."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=5)
+        object.__setattr__(self, "draws", 0)
+
+    def __call__(self, logits: np.ndarray, position: int, seen: Sequence[int] = ()) -> int:
+        object.__setattr__(self, "draws", self.draws + 1)
+        if self.draws % 3 == 0:
+            raise KeyboardInterrupt
+        return super().__call__(logits, position, seen)
+
+
+def test_an_interrupted_step_loses_nothing(model: bitnet.BitNetForCausalLM) -> None:
+    """Whoever had drawn is reported by the next step, and whoever had not draws then."""
+    batch, sampler = Batch(model, slots=4), Interrupted()
+    wanted = {batch.add([i, i + 1], sampler, 9): alone(model, [i, i + 1], Sampler(seed=5), 9) for i in range(4)}
+    found: dict[int, list[int]] = {request: [] for request in wanted}
+    interruptions = 0
+    while batch.live:
+        try:
+            for request, token, _ in batch.step():
+                found[request].append(token)
+        except KeyboardInterrupt:
+            interruptions += 1
+    for request, token, _ in batch.step():
+        found[request].append(token)
+    assert found == wanted
+    assert interruptions > 10
 
 
 # ---- ends ----------------------------------------------------------------------------------------------------------

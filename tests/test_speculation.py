@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet
@@ -163,6 +163,7 @@ def test_ends_and_stops_inside_a_draft(model: bitnet.BitNetForCausalLM) -> None:
 # ---- drafters ------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, MOST), st.data())
 def test_ngrams_by_search(sequence: list[int], count: int, data: st.DataObject) -> None:
     """The longest suffix of four to two tokens that was there before, where it was last, however the text was grown."""
@@ -346,6 +347,7 @@ def test_a_batch_resumes_each_by_itself(model: bitnet.BitNetForCausalLM) -> None
         decoder.resume([[1], []])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
 def test_shared_prefix(a: list[int], b: list[int]) -> None:
     count = shared_prefix(a, b)
