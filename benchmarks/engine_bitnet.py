@@ -35,6 +35,7 @@ class Bitnet:
         else:
             model.pack(**settings.get("pack", {}))
         self.decoder = Decoder(model, capacity=settings["capacity"])
+        self.decoder.top = 1  # as greedy decoding has it; matters for a screened head alone
         self.about = f"bitnet {__version__}, {current_isa()}"
         self.weight_bytes = step_bytes(model, 1, 0)
         self.cache_bytes = step_bytes(model, 1, 1) - self.weight_bytes

@@ -15,7 +15,6 @@ from train_speed import KEEP_MEMORY
 
 from bitnet import BitNetConfig
 
-DEFAULT_PACK = {"head": "f32", "layout": "auto"}  # what pack() does when it is told nothing
 TORCH = "engine_torch.py"
 
 
@@ -32,8 +31,7 @@ def engines(heads: Sequence[str], layouts: Sequence[str]) -> dict[str, Engine]:
     for head in heads:
         for layout in layouts:
             name = "_".join(["bitnet", head, *([layout] if len(layouts) > 1 else [])])
-            told = {key: value for key, value in (("head", head), ("layout", layout)) if value != DEFAULT_PACK[key]}
-            found[name] = Engine("engine_bitnet.py", {"pack": told})
+            found[name] = Engine("engine_bitnet.py", {"pack": {"head": head, "layout": layout}})
     found |= {f"llama_{kind.lower()}": Engine("engine_llama.py", {"type": kind}) for kind in ("TQ2_0", "TQ1_0")}
     return found | {"transformers_bf16": Engine(TORCH, {})}
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from bitnet import _core, current_isa, get_threads, mfu, nn, set_threads
+from bitnet.cache import DTYPES, KVCache
 from bitnet.command import exit_status
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.decoding import Decoder
 from bitnet.errors import ConfigError
-from bitnet.head import HEADS
-from bitnet.layout import LAYOUTS
+from bitnet.generation_options import add_form_flags, load
 from bitnet.model import BitNetForCausalLM, Factory
 
 
@@ -65,21 +65,23 @@ def head_of(model: BitNetForCausalLM) -> str:
     )
 
 
-def step_bytes(model: BitNetForCausalLM, batch: int, length: float) -> float:
+def step_bytes(model: BitNetForCausalLM, batch: int, length: float, cache_dtype: str = "f32") -> float:
     """Bytes that a step of `batch` sequences reads: weights once, and the cache of `length` tokens of each."""
     c = model.config
     ternary = ternary_codes(model) * float(layout_of(model)) / 8 if ternary_codes(model) else 0
     head = 4 * c.vocab_size * c.hidden_size if model.head is None else model.head.bytes_read()
     inner = {id(model.head_weight), id(model.model.embed_tokens.weight)}
     others = sum(4 * parameter.size for parameter in model.parameters() if id(parameter) not in inner)
-    cache = batch * length * c.num_hidden_layers * 2 * c.kv_heads * c.head_dim * 4
-    return ternary + head + others + cache
+    return ternary + head + others + batch * length * KVCache(c, 1, 1, cache_dtype).bytes_per_position
 
 
-def measure(model: BitNetForCausalLM, prompt: int, new: int, batch: int, rounds: int) -> tuple[float, float]:
-    """Median seconds of a prompt and of one further token, of `batch` sequences each."""
+def measure(
+    model: BitNetForCausalLM, prompt: int, new: int, batch: int, rounds: int, cache_dtype: str = "f32"
+) -> tuple[float, float]:
+    """Median seconds of a prompt and of one further token, of `batch` sequences each, drawn greedily."""
     rng = np.random.default_rng(0)
-    decoder = Decoder(model, batch, prompt + new + 1)
+    decoder = Decoder(model, batch, prompt + new + 1, cache_dtype)
+    decoder.top = 1
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
     prompt_seconds, step_seconds = [], []
     for _ in range(rounds + 1):  # the first is not counted: it records the step and finds its memory
@@ -95,13 +97,14 @@ def measure(model: BitNetForCausalLM, prompt: int, new: int, batch: int, rounds:
     return statistics.median(prompt_seconds[1:]), statistics.median(step_seconds[1:])
 
 
-def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, rounds: int = 3) -> dict[str, Any]:
+def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, rounds: int = 3,
+          cache_dtype: str = "f32") -> dict[str, Any]:  # fmt: skip
     """What `bitnet bench` prints, by name; speeds in tokens a second, of all sequences together."""
     c = model.config
     bandwidth, peak = _core.read_bandwidth(), mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
-    prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds)
+    prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds, cache_dtype)
     linear_macs = ternary_codes(model)
-    read = step_bytes(model, batch, prompt + new / 2)
+    read = step_bytes(model, batch, prompt + new / 2, cache_dtype)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,
         "decode_tokens_per_second": batch / step_seconds,
@@ -136,23 +139,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gen", type=int, default=128, metavar="N", help="tokens generated (default 128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="medians are of these (default 3)")
-    parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", metavar="L",
-                        help="bits of a ternary weight: 2, 1.6, or auto, which tries both (default)")  # fmt: skip
-    parser.add_argument("--head", choices=HEADS, metavar="H",
-                        help=f"form of the output head: {', '.join(HEADS)} (default: as it is stored)")  # fmt: skip
+    add_form_flags(parser)
+    parser.add_argument("--cache-dtype", choices=DTYPES, default="f32", metavar="T",
+                        help=f"how keys and values are kept: {', '.join(DTYPES)} (default f32)")  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser
 
 
-def load(args: argparse.Namespace) -> BitNetForCausalLM:
+def model_of(args: argparse.Namespace) -> BitNetForCausalLM:
     """The model that is asked for, packed."""
     if (args.run is None) == (args.preset is None) or args.random != (args.preset is not None):
         raise ConfigError("bench needs either a run, or --preset P --random")
     if args.preset is None:
-        from bitnet.checkpoint import from_pretrained
-
-        return from_pretrained(args.run).pack(args.layout, args.head)
+        return load(args.run, args.layout, args.head)
     config = BitNetConfig.preset(args.preset)
     room = max(config.max_position_embeddings, args.prompt + args.gen + 1)
     random = type("RandomFactory", (RandomFactory,), {"layout": "2" if args.layout == "auto" else args.layout})
@@ -172,11 +172,11 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.threads is not None:
         set_threads(args.threads)
-    model = load(args)
+    model = model_of(args)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
           f"{layout_of(model)} bits a ternary weight, head {head_of(model)}; "
           f"prompt {args.prompt}, {args.gen} new tokens, batch {args.batch}", flush=True)  # fmt: skip
-    found = bench(model, args.prompt, args.gen, args.batch, args.rounds)
+    found = bench(model, args.prompt, args.gen, args.batch, args.rounds, args.cache_dtype)
     print(describe(found))
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name != "json"}

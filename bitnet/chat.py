@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         set_threads(args.threads)
     sampler = generation_options.sampler(args)
-    model = generation_options.load(args.run)
+    model = generation_options.load(args.run, args.layout, args.head)
     template = choose(args.template, tokenizer_of(model))
     conversation = Conversation(
         model, template, sampler, args.system, args.max_new_tokens, context=args.context,

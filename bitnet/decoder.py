@@ -34,10 +34,10 @@ class ContextFullError(BitnetError, ValueError):
 
 
 class Step:
-    """A recorded pass: tokens (B, T) in, logits (B, T, V) out; `cache` says where the tokens go."""
+    """A recorded pass: tokens (B, T) in, logits (B, T, V) out; `cache`: where they go, `top`: see Decoder."""
 
-    def __init__(self, cache: CacheStep, time: int) -> None:
-        self.cache = cache
+    def __init__(self, cache: CacheStep, time: int, top: int | None = None) -> None:
+        self.cache, self.top = cache, top
         self.tokens = ops.zeros((cache.batch, time), "i32")
         self._tape: Tape | None = None
         self._logits: Tensor | None = None
@@ -47,7 +47,7 @@ class Step:
         if self._tape is None or self._logits is None:
             tape = Tape()
             with ops.no_grad(), tape:
-                self._logits = model(self.tokens, cache=self.cache)
+                self._logits = model.logits(model.head_input(self.tokens, self.cache), self.top)
             self._tape = tape
         else:
             self._tape.replay()
@@ -59,7 +59,8 @@ class Decoder:
     """Next-token logits of `batch` sequences that grow together; follows the model's weights if they change.
 
     capacity: positions of the cache, by default max_position_embeddings, which is also the most; cache_dtype: how it
-    keeps numbers (KVCache).
+    keeps numbers (KVCache). The attribute top, None at first, may be set at any time: a number says that only so many
+    of the largest logits are of interest, so that a screened head (bitnet.head) need not make the others.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Decoder:
         self.model, self.batch, self.capacity = model, batch, capacity
         self.cache = KVCache(model.config, batch, capacity, cache_dtype)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]  # what the cache was made from
+        self.top: int | None = None
         self.reused = 0  # tokens that the last resume() did not have to run
         self._places = self.cache.step(batch)
-        self._steps: dict[int, Step] = {}  # by tokens of each sequence
+        self._steps: dict[tuple[int, int | None], Step] = {}  # by tokens of each sequence, and top
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -132,7 +134,7 @@ class Decoder:
                 ends = (place >= 0) & (place < chunk.shape[1])
                 rows = np.arange(self.batch) * chunk.shape[1] + np.where(ends, place, 0)
                 last[ends] = ops.embedding(rows, hidden.reshape(-1, hidden.shape[-1])).numpy()[ends]
-            logits: Logits = self.model.logits(ops.tensor(last)).numpy()
+            logits: Logits = self.model.logits(ops.tensor(last), self.top).numpy()
         self._append(prompts)
         return logits
 
@@ -148,16 +150,16 @@ class Decoder:
         count = counts[0]
         self._require_room(count)
         self._places.start.copy_(self.lengths)
-        step = self._steps.get(count) or Step(self._places, count)
+        step = self._steps.get((count, self.top)) or Step(self._places, count, self.top)
         step.tokens.copy_(np.array(tokens, np.int32))
         logits = step.run(self.model)
-        self._steps[count] = step
+        self._steps[count, self.top] = step
         self._append(tokens)
         return logits
 
     def is_recorded(self, count: int) -> bool:
         """Whether extend() by `count` tokens replays, and so takes as long as it will the next time."""
-        return count in self._steps
+        return (count, self.top) in self._steps
 
     def _append(self, tokens: Sequence[Sequence[int]]) -> None:
         for row, more in zip(self.tokens, tokens, strict=True):

@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         set_threads(args.threads)
     sampler = generation_options.sampler(args)
-    model = generation_options.load(args.run)
+    model = generation_options.load(args.run, args.layout, args.head)
     speculation = generation_options.speculation(args, model)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     stream = TextStream(

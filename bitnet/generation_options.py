@@ -10,6 +10,8 @@ from collections.abc import Callable
 from bitnet.cache import DTYPES
 from bitnet.drafting import MOST, Drafter, ModelDrafter, NgramDrafter, Speculation
 from bitnet.errors import ConfigError
+from bitnet.head import HEADS
+from bitnet.layout import LAYOUTS
 from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 from bitnet.text_stream import tokenizer_of
@@ -25,13 +27,27 @@ def until_reader_leaves(work: Callable[[], int]) -> int:
         return 0
 
 
-def load(run: str) -> BitNetForCausalLM:
+def load(run: str, layout: str = "auto", head: str | None = None) -> BitNetForCausalLM:
     """The model of a run or file, packed: nothing is trained, and a token reads a sixteenth of the memory."""
     from bitnet.checkpoint import from_pretrained
 
-    model = from_pretrained(run)
-    model.pack()
-    return model
+    return from_pretrained(run).pack(layout, head)
+
+
+def add_form_flags(parser: argparse._ActionsContainer) -> None:
+    """How weights are kept."""
+    parser.add_argument(
+        "--layout",
+        choices=("auto", *LAYOUTS),
+        default="auto",
+        help="bits of a ternary weight in memory; auto tries both where the model is large; never changes a result",
+    )
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        help="form of the output head: by default as it is stored; int8 and int6 are fast and near, screened is fast "
+        "and gives the greedy and top-k choices of bf16",
+    )
 
 
 def add_choice_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +63,9 @@ def add_choice_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:
-    """What changes how long a text takes; of these --cache-dtype alone can change the text."""
+    """What changes how long a text takes; of these --head and --cache-dtype alone can change the text."""
     speed = parser.add_argument_group("speed and memory")
+    add_form_flags(speed)
     speed.add_argument("--threads", type=int, metavar="N", help="default: one a core; never changes the text")
     speed.add_argument(
         "--speculate",

@@ -226,7 +226,9 @@ def _model(
             raise CheckpointError(f"{file.path}: {name} has shape {section.shape}, but {shape} by its config")
         if name in checks:
             checks[name].result()
-        tensor = read_tensor(file, section, layout)
+        # linear and embedding read bf16; every other layer wants f32.
+        as_bf16 = name in ("model.embed_tokens.weight", "lm_head.weight") and not config.quantize_head
+        tensor = read_tensor(file, section, layout, as_bf16)
         file.release(section)
         return tensor
 
@@ -249,15 +251,18 @@ def _model(
     return model
 
 
-def read_tensor(file: BitnetFile, section: Section, layout: str = "2") -> Tensor:
-    """A section as a model uses it: ternary codes prepared, f32 as a parameter, bf16 as it is. CheckpointError."""
+def read_tensor(file: BitnetFile, section: Section, layout: str, as_bf16: bool) -> Tensor:
+    """A section as a model uses it: ternary codes prepared, bf16 as it is if wanted, else floats as an f32 parameter.
+
+    Raises CheckpointError.
+    """
     try:
         if section.form in TERNARY:
             rows, cols = section.shape
             assert section.scale is not None
             return _core.prepare_fifths(file.fifths(section), rows, cols, section.scale, layout)
         tensor = _core.from_buffer(file.view(section), section.form, section.shape)
-        if section.form == "bf16" and len(section.shape) == 2:
+        if section.form == "bf16" and as_bf16:
             return tensor
         with ops.no_grad():
             return nn.Parameter(tensor.to("f32"))

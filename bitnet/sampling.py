@@ -58,9 +58,16 @@ class Sampler:
         sums = np.cumsum(probabilities)
         return int(ids[np.searchsorted(sums, uniform(self.seed, position) * sums[-1], side="right")])
 
+    @property
+    def largest_needed(self) -> int | None:
+        """How many of the largest logits decide about a token; None: all of them do."""
+        if self.repetition_penalty != 1:
+            return None
+        return 1 if self.temperature == 0 else self.top_k
+
     def candidates(self, logits: npt.NDArray[Any], seen: Sequence[int] = ()) -> tuple[Ids, Floats]:
         """(ids, probabilities) that may be drawn, ascending by id."""
-        if not np.isfinite(logits).all():
+        if not ((logits < np.inf).all() and logits.max(initial=-np.inf) > -np.inf):  # a screened head gives -infinity
             raise BitnetError("the model's logits are not finite: its weights may be damaged or have diverged")
         scores = self._penalized(logits.astype(np.float64), seen)
         if self.temperature == 0:

@@ -69,6 +69,7 @@ class TokenStream(Iterator[int]):
             # The last token drawn is never run, hence the - 1.
             needed = len(prompt) + max(max_new_tokens, 1) - 1
             decoder = Decoder(model, capacity=min(limit, needed), cache_dtype=cache_dtype)
+        decoder.top = _largest_needed(model, sampler, vocab_size)
         self._decoder = decoder
         self._ids = self._draw(list(prompt))
 
@@ -161,3 +162,11 @@ def require_request(prompt: Sequence[int], max_new_tokens: int, limit: int, cont
         raise ConfigError(f"keep must be 0 to {limit - 2}, two less than the context, not {keep}")
     if len(prompt) > limit and context != "slide":
         raise ContextFullError(f"the prompt has {len(prompt)} tokens, more than the model's context of {limit}")
+
+
+def _largest_needed(model: BitNetForCausalLM, sampler: Sampler, vocab_size: int | None) -> int | None:
+    """Decoder.top for a sampler that may not draw the ids a padded head has too many; None unless it saves work."""
+    needed = sampler.largest_needed
+    if needed is None or model.head is None or model.head.form != "screened":
+        return None
+    return needed + model.config.vocab_size - (vocab_size or model.config.vocab_size)

@@ -189,7 +189,9 @@ def test_the_table_sets_speeds_beside_llama_cpp() -> None:
 def test_engines_by_name() -> None:
     known = inference_engines.engines(["f32", "int6"], ["auto"])
     assert list(known) == ["bitnet_f32", "bitnet_int6", "llama_tq2_0", "llama_tq1_0", "transformers_bf16"]
-    assert [known[name].settings["pack"] for name in ("bitnet_f32", "bitnet_int6")] == [{}, {"head": "int6"}]
+    assert [known[name].settings["pack"] for name in ("bitnet_f32", "bitnet_int6")] == [
+        {"head": head, "layout": "auto"} for head in ("f32", "int6")
+    ]
     assert "bitnet_f32_1.6" in inference_engines.engines(["f32"], ["auto", "1.6"])
     assert [name for name in known if inference_engines.wanted(name, ["llama", "bitnet_int6"])] == list(known)[1:4]
 

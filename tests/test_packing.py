@@ -71,6 +71,7 @@ def test_a_packed_file_gives_the_logits_of_the_run(tmp_path: Path, changes: dict
     assert not any(layer.is_packed for _, layer in model.bitlinears())
     model.pack()
     assert same(opened, model)
+    assert same(load_packed(tmp_path / "m.bitnet", layout="1.6"), model)
     save_packed(opened, tmp_path / "again.bitnet", coded=coded, provenance={"step": "7"})
     assert (tmp_path / "again.bitnet").read_bytes() == (tmp_path / "m.bitnet").read_bytes()
     save_packed(model, tmp_path / "m.bitnet", coded=coded, tokenizer=ByteTokenizer(), force=True)
@@ -133,6 +134,29 @@ def test_bf16_only_where_it_loses_nothing_unless_asked(tmp_path: Path) -> None:
     assert same(load_packed(path), rounded)
     with pytest.raises(ValueError, match="floats must be one of bf16, f32, not 'f16'"):
         save_packed(model, path, floats="f16", force=True)
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_every_kind_of_model_runs_from_bf16(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Layers of a twin too, which add a residual."""
+    model = trained(changes)
+    for _, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            halves = to_bf16(parameter.numpy()).astype(np.uint32) << 16
+            parameter.copy_(halves.view(np.float32))
+    save_packed(model, tmp_path / "m.bitnet")
+    forms = {section.form for section in sections(tmp_path / "m.bitnet").values() if len(section.shape) == 2}
+    assert forms <= {"bf16", "fifths"}
+    assert same(load_packed(tmp_path / "m.bitnet"), model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_a_head_that_was_packed_in_bf16_is_saved_as_it_is(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = trained(changes).pack(head="bf16")
+    save_packed(model, tmp_path / "m.bitnet")
+    head = "model.embed_tokens.weight" if changes else "lm_head.weight"
+    assert sections(tmp_path / "m.bitnet")[head].form == "bf16"
+    assert same(load_packed(tmp_path / "m.bitnet"), model)
 
 
 def test_rounding_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
