@@ -29,6 +29,7 @@ import turns
 from inference_engines import TORCH, Engine, Tokens, engines, shared, start, wanted
 
 from bitnet import BitNetConfig, _core, mfu, set_threads
+from bitnet.bench import LEAST_READ
 
 BASE = "llama_tq2_0"  # what ratios are to
 QUICK = {"presets": ["nano"], "threads": [1], "rounds": 1, "prompt": 32, "gen": 8, "torch_gen": 4}
@@ -41,14 +42,21 @@ class Roof(NamedTuple):
     peaks: dict[str, float]
 
     @staticmethod
-    def measure(threads: int) -> Roof:
+    def measure(threads: int, size: int) -> Roof:
         set_threads(threads)
         peaks = {kind: peak.macs_per_second for kind, peak in mfu.measure_peaks().items()}
-        return Roof(_core.read_bandwidth(), peaks)
+        return Roof(_core.read_bandwidth(size), peaks)
 
     def best(self, other: Roof) -> Roof:
         peaks = {kind: max(peak, other.peaks[kind]) for kind, peak in self.peaks.items()}
         return Roof(max(self.bandwidth, other.bandwidth), peaks)
+
+
+def read_again(workers: dict[str, turns.Worker]) -> int:
+    """Bytes of weights that the engines of few bits read for each token: a roof is measured over as many."""
+    few_bits = [worker.holds["weight_bytes"] for name, worker in workers.items()
+                if worker.holds is not None and name.startswith(("llama", "bitnet"))]  # fmt: skip
+    return max([LEAST_READ, *map(round, few_bits)])
 
 
 def measure(
@@ -56,14 +64,15 @@ def measure(
 ) -> tuple[dict[str, list[dict[str, Any]]], Roof]:
     """Answers of each engine, one a round, and the roof over the rounds."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    roof = Roof.measure(threads)
+    size = read_again(workers)
+    roof = Roof.measure(threads, size)
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}" if number else "warming up", file=sys.stderr)
         for name, worker in workers.items():
             answer = worker.ask(threads=threads, **tokens.turn(chosen[name]))
             if answer is not None and number > 0:
                 answers[name].append(answer)
-        roof = roof.best(Roof.measure(threads))
+        roof = roof.best(Roof.measure(threads, size))
     return answers, roof
 
 

@@ -305,8 +305,9 @@ def use_isa(name: str, /) -> None:
     """Never changes a result."""
 
 def current_isa() -> str: ...
-def read_bandwidth() -> float:
-    """Bytes a second that all threads together read from memory at most: measured now, in some 0.2 s."""
+def read_bandwidth(size: int, /) -> float:
+    """Bytes a second at which all threads together read `size` bytes (2^20 to 2^36) over and over at most, measured
+    now: twelve times. Caches count: they serve a model of that size as well."""
 
 def peak(kind: str, /) -> tuple[float, str]:
     """(multiply-adds a second, name of the instructions) at most, of all threads: measured now, in some 12 ms.

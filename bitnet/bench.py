@@ -29,6 +29,9 @@ from bitnet.errors import ConfigError
 from bitnet.generation_options import add_form_flags, load
 from bitnet.model import BitNetForCausalLM, Factory
 
+# Where a model is smaller, the measured bandwidth is that of this many bytes.
+LEAST_READ = 1 << 20
+
 
 class RandomFactory(Factory):
     """Packed layers of random codes, and matrices of one random row: made in seconds at any size."""
@@ -101,10 +104,11 @@ def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, round
           cache_dtype: str = "f32") -> dict[str, Any]:  # fmt: skip
     """What `bitnet bench` prints, by name; speeds in tokens a second, of all sequences together."""
     c = model.config
-    bandwidth, peak = _core.read_bandwidth(), mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
+    read = step_bytes(model, batch, prompt + new / 2, cache_dtype)
+    bandwidth = _core.read_bandwidth(max(round(read), LEAST_READ))
+    peak = mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
     prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds, cache_dtype)
     linear_macs = ternary_codes(model)
-    read = step_bytes(model, batch, prompt + new / 2, cache_dtype)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,
         "decode_tokens_per_second": batch / step_seconds,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from bitnet import nn, ops
+from bitnet import _core, nn, ops
 from bitnet._core import ShapeError, Tensor
 from bitnet.cache import CacheStep
 from bitnet.config import BitNetConfig
@@ -205,10 +205,11 @@ class BitNetForCausalLM(nn.Module):
         if self.config.quantize_head:
             if head is not None:
                 raise ValueError(f"this model's head is ternary: it has no form {head}")
-            return self
-        self.head = Head(self.head_weight, head or self.head_weight.dtype)
-        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        owner.weight = self.head.exact
+        else:
+            self.head = Head(self.head_weight, head or self.head_weight.dtype)
+            owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+            owner.weight = self.head.exact
+        _core.memory_trim()  # the latent weights' memory has no further use
         return self
 
     def head_input(self, tokens: ops.Integers, cache: CacheStep | None = None) -> Tensor:

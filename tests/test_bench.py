@@ -24,7 +24,10 @@ def same_threads_after() -> Iterator[None]:
 
 
 def test_bandwidth_is_a_number() -> None:
-    assert 1e8 < _core.read_bandwidth() < 1e13
+    assert 1e8 < _core.read_bandwidth(1 << 24) < 1e13
+    for size in (0, (1 << 36) + 1):
+        with pytest.raises(ValueError, match=f"bytes, not {size}"):
+            _core.read_bandwidth(size)
 
 
 @pytest.mark.parametrize("tied", [False, True])

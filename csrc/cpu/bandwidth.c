@@ -1,17 +1,15 @@
 /*
- * bandwidth.c: every thread adds up its share of a buffer larger than any cache it could have for itself, in one to
- * four streams that run side by side, each called in ahead of its use.
+ * bandwidth.c: every thread adds up its share of a buffer, over and over, in one to four streams that run side by side,
+ * each called in ahead of its use.
  */
 #include "cpu/bandwidth.h"
 
 #include <stdint.h>
-#include <string.h>
 
 #include "base/arena.h"
 #include "base/clock.h"
 #include "base/parallel.h"
 
-#define BUFFER_BYTES ((int64_t)256 << 20)
 #define ROUNDS 4
 enum { LINE = 8, AHEAD = 32 * LINE }; /* words of a cache line; how far ahead lines are called in: 2 KiB */
 
@@ -47,7 +45,9 @@ static void read_units(void *ctx, int64_t begin, int64_t end, void *scratch) {
 static void fill_units(void *ctx, int64_t begin, int64_t end, void *scratch) {
     (void)scratch;
     reading *r = ctx;
-    memset(r->data + begin * r->words, 1, (size_t)((end - begin) * r->words) * sizeof(uint64_t));
+    for (int64_t i = begin * r->words; i < end * r->words; i++) {
+        r->data[i] = (uint64_t)i * 0x9e3779b97f4a7c15u; /* no two pages alike, which a host could merge */
+    }
 }
 
 static bn_status measure(reading *r, int threads, double *best) {
@@ -63,15 +63,15 @@ static bn_status measure(reading *r, int threads, double *best) {
     return BN_OK;
 }
 
-bn_status bn_cpu_read_bandwidth(double *bytes_per_second) {
+bn_status bn_cpu_read_bandwidth(int64_t bytes, double *bytes_per_second) {
     const int threads = bn_get_threads();
     bn_arena arena = BN_ARENA_INIT;
     void *memory;
     *bytes_per_second = 0.0;
-    BN_TRY(bn_arena_allocate(&arena, (size_t)BUFFER_BYTES + AHEAD * sizeof(uint64_t), &memory));
-    reading r = {.data = memory, .words = BUFFER_BYTES / (int64_t)sizeof(uint64_t) / threads / (4 * LINE) * (4 * LINE)};
+    BN_TRY(bn_arena_allocate(&arena, (size_t)bytes + AHEAD * sizeof(uint64_t), &memory));
+    reading r = {.data = memory, .words = bytes / (int64_t)sizeof(uint64_t) / threads / (4 * LINE) * (4 * LINE)};
     const bn_status status = measure(&r, threads, bytes_per_second);
-    bn_arena_release(&arena, memory, (size_t)BUFFER_BYTES + AHEAD * sizeof(uint64_t));
+    bn_arena_release(&arena, memory, (size_t)bytes + AHEAD * sizeof(uint64_t));
     bn_arena_trim(&arena);
     return status;
 }

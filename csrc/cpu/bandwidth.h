@@ -7,7 +7,8 @@
 
 #include "base/error.h"
 
-/* The best of several ways to read 256 MiB, some 0.2 seconds. BN_ERR_MEMORY if they cannot be had. */
-BN_CHECKED bn_status bn_cpu_read_bandwidth(double *bytes_per_second);
+/* The best of several ways to read `bytes` again and again, twelve times in all. A buffer that caches hold in part is
+ * read faster than one they do not: give it the size of what it stands for. BN_ERR_MEMORY if it cannot be had. */
+BN_CHECKED bn_status bn_cpu_read_bandwidth(int64_t bytes, double *bytes_per_second);
 
 #endif

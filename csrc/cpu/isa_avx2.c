@@ -25,6 +25,7 @@ static inline vi w_dot(vi acc, vi codes, int32_t quad) {
 /* Sixteen registers: 8 sums, 2 of the right factor, 1 of the left one, the ones, and what passes between. */
 #define DOT_ROWS 4
 #define DOT_VECTORS 1
+#define FEW_ROWS_STREAMS 1
 
 #define BN_ISA avx2
 #define BN_ISA_NAME "avx2"

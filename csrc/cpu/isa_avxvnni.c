@@ -25,6 +25,7 @@ static inline vi w_dot_u8(vi acc, vi bytes, int32_t quad) { return w_dot(acc, by
 /* 12 sums, 2 of the left factor, 1 of the right one. */
 #define DOT_ROWS 2
 #define DOT_VECTORS 3
+#define FEW_ROWS_STREAMS 1
 
 #include "cpu/lanes.inc"
 #include "cpu/micro.h"

@@ -13,6 +13,7 @@
 
 #define DOT_ROWS 4
 #define DOT_VECTORS 1
+#define FEW_ROWS_STREAMS 1
 
 #define BN_ISA neon
 #define BN_ISA_NAME "neon"

@@ -144,18 +144,19 @@ static inline vi w_bits(vi a, int n, int mask) {
     const uint32_t kept = 0x01010101u * (uint32_t)mask;
     EACH_LANE(vi, (int32_t)((n < 0 ? (uint32_t)a.lane[i] << -n : (uint32_t)a.lane[i] >> n) & kept));
 }
-static inline vi w_fives(vi bytes, vi *fifth) {
+static inline vi w_fives(vi bytes, vi *part) {
     uint8_t x[64], last[64];
     vi four;
     memcpy(x, bytes.lane, sizeof x);
     for (int i = 0; i < 64; i++) {
-        last[i] = (uint8_t)(x[i] / 81);
+        last[i] = (uint8_t)(x[i] / 81 * 81);
         x[i] = (uint8_t)(x[i] % 3 | x[i] / 3 % 3 << 2 | x[i] / 9 % 3 << 4 | x[i] / 27 % 3 << 6);
     }
     memcpy(four.lane, x, sizeof x);
-    memcpy(fifth->lane, last, sizeof last);
+    memcpy(part->lane, last, sizeof last);
     return four;
 }
+static inline vi w_shift(vi a, int n) { EACH_LANE(vi, a.lane[i] >> n); }
 static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     int8_t q[4];
     memcpy(q, &quad, sizeof q);
@@ -172,6 +173,7 @@ static inline vi w_dot_u8(vi acc, vi bytes, int32_t quad) { return w_dot(acc, by
 #define F32_VECTORS 1
 #define DOT_ROWS 4
 #define DOT_VECTORS 1
+#define FEW_ROWS_STREAMS 1
 #define BN_ISA scalar
 #define BN_ISA_NAME "scalar"
 #include "cpu/kernels.inc"

@@ -187,13 +187,11 @@ static inline vi w_bits(vi a, int n, int mask) { return (vi){w_bits_8(a.a, n, ma
 
 /* The first four digits as 9 high + low, each half by a table of nine: floor(x / 9) is floor(x * 7282 / 2^16) for
  * x < 256. */
-static inline w8 w_fives_8(w8 bytes, w8 *fifth) {
+static inline w8 w_fives_8(w8 bytes, w8 *part) {
     const __m256i x = (__m256i)bytes, place = _mm256_set1_epi8(81);
-    const __m256i once = _mm256_cmpeq_epi8(_mm256_max_epu8(x, place), x);
-    const __m256i twice = _mm256_cmpeq_epi8(_mm256_max_epu8(x, _mm256_set1_epi8((char)162)), x);
-    *fifth = (w8)_mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(once, twice));
-    const __m256i taken = _mm256_add_epi8(_mm256_and_si256(once, place), _mm256_and_si256(twice, place));
-    const __m256i digits = _mm256_sub_epi8(x, taken);
+    const __m256i once = _mm256_sub_epi8(x, place), twice = _mm256_sub_epi8(once, place);
+    const __m256i digits = _mm256_min_epu8(x, _mm256_min_epu8(once, twice));
+    *part = (w8)_mm256_sub_epi8(x, digits);
     const __m256i ninth = _mm256_set1_epi16(7282), upper = _mm256_set1_epi16((short)0xff00);
     const __m256i even = _mm256_mulhi_epu16(_mm256_andnot_si256(upper, digits), ninth);
     const __m256i odd = _mm256_mulhi_epu16(_mm256_and_si256(digits, upper), ninth);
@@ -202,11 +200,14 @@ static inline w8 w_fives_8(w8 bytes, w8 *fifth) {
     const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0));
     return (w8)_mm256_or_si256(_mm256_shuffle_epi8(pairs, low), _mm256_slli_epi16(_mm256_shuffle_epi8(pairs, high), 4));
 }
-static inline vi w_fives(vi bytes, vi *fifth) {
+static inline vi w_fives(vi bytes, vi *part) {
     vi four;
-    four.a = w_fives_8(bytes.a, &fifth->a);
-    four.b = w_fives_8(bytes.b, &fifth->b);
+    four.a = w_fives_8(bytes.a, &part->a);
+    four.b = w_fives_8(bytes.b, &part->b);
     return four;
+}
+static inline vi w_shift(vi a, int n) {
+    return (vi){(w8)_mm256_srai_epi32((__m256i)a.a, n), (w8)_mm256_srai_epi32((__m256i)a.b, n)};
 }
 static inline vi w_set(int32_t x) { return (vi){(w8)_mm256_set1_epi32(x), (w8)_mm256_set1_epi32(x)}; }
 static inline vi w_add(vi x, vi y) { return WORDS2(_mm256_add_epi32, x, y); }

@@ -146,19 +146,22 @@ static inline __m512i bits_of_digits(__m512i digits) {
     return _mm512_or_si512(_mm512_shuffle_epi8(pairs, low), _mm512_slli_epi16(_mm512_shuffle_epi8(pairs, high), 4));
 }
 #endif
-static inline vi w_fives(vi bytes, vi *fifth) {
-    const __m512i x = (__m512i)bytes, one = _mm512_set1_epi8(1), place = _mm512_set1_epi8(81);
-    const __mmask64 once = _mm512_cmpge_epu8_mask(x, place);
-    const __mmask64 twice = _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8((char)162));
-    *fifth = (vi)_mm512_mask_add_epi8(_mm512_maskz_mov_epi8(once, one), twice, one, one);
-    const __m512i less = _mm512_mask_sub_epi8(x, once, x, place);
-    return (vi)bits_of_digits(_mm512_mask_sub_epi8(less, twice, less, place));
+/* Less 81 once and twice, without wrapping below zero: of unsigned bytes the least. */
+static inline vi w_fives(vi bytes, vi *part) {
+    const __m512i x = (__m512i)bytes, place = _mm512_set1_epi8(81);
+    const __m512i once = _mm512_sub_epi8(x, place), twice = _mm512_sub_epi8(once, place);
+    const __m512i digits = _mm512_min_epu8(x, _mm512_min_epu8(once, twice));
+    *part = (vi)_mm512_sub_epi8(x, digits);
+    return (vi)bits_of_digits(digits);
 }
+static inline vi w_shift(vi a, int n) { return (vi)_mm512_srai_epi32((__m512i)a, (unsigned)n); }
 
 /* Thirty-two 512-bit registers: 24 sums, 3 of the right factor, the rest for addresses in flight. */
 #define F32_ROWS 8
 #define F32_VECTORS 3
 #define DOT_ROWS 8
 #define DOT_VECTORS 3
+/* Panels of codes that one row is multiplied by at once: their fifteen sums and what is in flight fit the registers. */
+#define FEW_ROWS_STREAMS 3
 
 #endif

@@ -165,22 +165,26 @@ static const uint8_t digits_in_bits[96] = {
     88,  89,  90,  96,  97,  98,  100, 101, 102, 104, 105, 106, 128, 129, 130, 132, 133, 134, 136, 137, 138,
     144, 145, 146, 148, 149, 150, 152, 153, 154, 160, 161, 162, 164, 165, 166, 168, 169, 170,
 };
-static inline int32x4_t w_fives_4(int32x4_t bytes, int32x4_t *fifth) {
+static inline int32x4_t w_fives_4(int32x4_t bytes, int32x4_t *part) {
     const uint8x16_t x = vreinterpretq_u8_s32(bytes), place = vdupq_n_u8(81);
-    const uint8x16_t once = vcgeq_u8(x, place), twice = vcgeq_u8(x, vdupq_n_u8(162));
-    *fifth = vreinterpretq_s32_u8(vsubq_u8(vsubq_u8(vdupq_n_u8(0), once), twice));
-    const uint8x16_t digits = vsubq_u8(vsubq_u8(x, vandq_u8(once, place)), vandq_u8(twice, place));
+    const uint8x16_t once = vsubq_u8(x, place), twice = vsubq_u8(once, place);
+    const uint8x16_t digits = vminq_u8(x, vminq_u8(once, twice));
+    *part = vreinterpretq_s32_u8(vsubq_u8(x, digits));
     const uint8x16x4_t low = vld1q_u8_x4(digits_in_bits);
     const uint8x16x2_t high = vld1q_u8_x2(digits_in_bits + 64);
     const uint8x16_t first = vqtbl4q_u8(low, digits);
     return vreinterpretq_s32_u8(vqtbx2q_u8(first, high, vsubq_u8(digits, vdupq_n_u8(64))));
 }
-static inline vi w_fives(vi bytes, vi *fifth) {
+static inline vi w_fives(vi bytes, vi *part) {
     vi four;
     for (int i = 0; i < 4; i++) {
-        four.q[i] = w_fives_4(bytes.q[i], &fifth->q[i]);
+        four.q[i] = w_fives_4(bytes.q[i], &part->q[i]);
     }
     return four;
+}
+static inline vi w_shift(vi a, int n) {
+    const int32x4_t down = vdupq_n_s32(-n);
+    return (vi){{vshlq_s32(a.q[0], down), vshlq_s32(a.q[1], down), vshlq_s32(a.q[2], down), vshlq_s32(a.q[3], down)}};
 }
 static inline vi w_set(int32_t x) {
     const int32x4_t q = vdupq_n_s32(x);

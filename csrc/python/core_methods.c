@@ -492,11 +492,17 @@ static PyObject *current_isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(bn_cpu_current_isa());
 }
 
-static PyObject *read_bandwidth(PyObject *module, PyObject *unused) {
-    (void)unused;
+static PyObject *read_bandwidth(PyObject *module, PyObject *size) {
+    const long long bytes = PyLong_AsLongLong(size);
+    if (bytes == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (bytes < 1 << 20 || bytes > (long long)1 << 36) {
+        return PyErr_Format(PyExc_ValueError, "read_bandwidth: of 2^20 to 2^36 bytes, not %lld", bytes);
+    }
     double rate;
     bn_status status;
-    BN_WITHOUT_GIL(status, bn_cpu_read_bandwidth(&rate));
+    BN_WITHOUT_GIL(status, bn_cpu_read_bandwidth(bytes, &rate));
     return status == BN_OK ? PyFloat_FromDouble(rate) : bn_raise(bn_state(module), status);
 }
 
@@ -627,7 +633,7 @@ PyMethodDef bn_core_methods[] = {
     {"isa_names", isa_names, METH_NOARGS, "Instruction sets this CPU can run, weakest first."},
     {"use_isa", use_isa, METH_O, "Chooses the instruction set by name. Changes no result but those of fast precision."},
     {"current_isa", current_isa, METH_NOARGS, "The instruction set in use."},
-    {"read_bandwidth", read_bandwidth, METH_NOARGS, "Bytes a second that all threads read from memory at most."},
+    {"read_bandwidth", read_bandwidth, METH_O, "Bytes a second at which all threads read so many bytes at most."},
     {"peak", peak, METH_O, "(multiply-adds a second of all threads, name) of a kind: f32, bf16 or int8."},
     {"time_product", time_product, METH_VARARGS,
      "(y, dx or dw; ternary; rows, in, out; repeats): seconds of each run of one product of a linear map."},

@@ -2,7 +2,9 @@
 #include "tensor/ternary_weight.h"
 
 #include <stdlib.h>
+#include <string.h>
 
+#include "base/parallel.h"
 #include "quant/ternary.h"
 
 void bn_ternary_free(bn_ternary *ternary) {
@@ -79,30 +81,77 @@ bn_status bn_ternary_refresh(bn_tensor *weight) {
     return BN_OK;
 }
 
-/* The code at (row, col) in panels on the host. */
-static int8_t code_in(const uint8_t *panels, bn_code_form form, int64_t row, int64_t col, int64_t tiles) {
-    static const int powers[] = {1, 3, 9, 27, 81};
-    const int64_t lane = row % BN_PANEL_ROWS, tile = col / BN_QUANT_PAD;
-    const int64_t word = col % BN_QUANT_PAD / BN_PANEL_DEPTH, byte = lane * BN_PANEL_DEPTH + col % BN_PANEL_DEPTH;
-    const uint8_t *panel = panels + row / BN_PANEL_ROWS * bn_code_panel_bytes(form, tiles);
-    if (form == BN_CODES_8) {
-        return (int8_t)(panel[tile * BN_QUANT_TILE + 64 * word + byte] - 1);
+/* Codes out of panels on the host, sixteen rows a unit. */
+typedef struct code_reading {
+    const uint8_t *panels;
+    bn_code_form form;
+    int64_t rows, cols, tiles;
+    int8_t *codes;
+} code_reading;
+
+/* A group of 64 bytes to the words whose codes it holds. */
+static void spread_bits(const uint8_t *group, uint8_t *words) {
+    for (int n = 0; n < 4; n++) {
+        for (int i = 0; i < 64; i++) {
+            words[64 * n + i] = group[i] >> 2 * n & 3;
+        }
     }
-    const int64_t five = tile / BN_FIVE_TILES * BN_FIVE_TILES;
-    if (form == BN_CODES_5 && five + BN_FIVE_TILES <= tiles) {
-        const bool last = tile % BN_FIVE_TILES == BN_FIVE_TILES - 1;
-        const int64_t group = last ? word : 4 * (tile - five) + word / 4;
-        const int digits = panel[bn_code_panel_bytes(form, five) + 64 * group + byte];
-        return (int8_t)(digits / powers[last ? 4 : word % 4] % 3 - 1);
+}
+static void spread_fives(const uint8_t *group, uint8_t *words, uint8_t *fifth) {
+    for (int i = 0; i < 64; i++) {
+        int digits = group[i];
+        for (int n = 0; n < 4; n++, digits /= 3) {
+            words[64 * n + i] = (uint8_t)(digits % 3);
+        }
+        fifth[i] = (uint8_t)digits;
     }
-    const int bits = panel[bn_code_panel_bytes(form, tile) + 64 * (word / 4) + byte];
-    return (int8_t)((bits >> 2 * (word % 4) & 3) - 1);
+}
+
+/* Bytes of `count` tiles from tile `first` on: one, or five that are packed together. */
+static void spread_tiles(const code_reading *r, const uint8_t *panel, int64_t first, int64_t count, uint8_t *out) {
+    const uint8_t *from = panel + bn_code_panel_bytes(r->form, first);
+    if (r->form == BN_CODES_8) {
+        memcpy(out, from, BN_QUANT_TILE);
+    } else if (count == 1) {
+        for (int group = 0; group < 4; group++) {
+            spread_bits(from + 64 * group, out + 256 * group);
+        }
+    } else {
+        for (int group = 0; group < 16; group++) {
+            spread_fives(from + 64 * group, out + 256 * group, out + 4 * BN_QUANT_TILE + 64 * group);
+        }
+    }
+}
+
+/* Row `lane` of a tile of bytes, its first `count` columns. */
+static void tile_row(const uint8_t *tile, int64_t lane, int64_t count, int8_t *codes) {
+    for (int64_t c = 0; c < count; c++) {
+        codes[c] = (int8_t)(tile[c / BN_PANEL_DEPTH * 64 + lane * BN_PANEL_DEPTH + c % BN_PANEL_DEPTH] - 1);
+    }
+}
+
+static void read_panels(void *ctx, int64_t begin, int64_t end, void *scratch) {
+    const code_reading *r = ctx;
+    uint8_t *bytes = scratch; /* five tiles */
+    for (int64_t group = begin; group < end; group++) {
+        const uint8_t *panel = r->panels + group * bn_code_panel_bytes(r->form, r->tiles);
+        const int64_t first = group * BN_PANEL_ROWS, rows = bn_min_i64(r->rows - first, BN_PANEL_ROWS);
+        for (int64_t tile = 0, count; tile < r->tiles; tile += count) {
+            count = r->form == BN_CODES_5 && r->tiles - tile >= BN_FIVE_TILES ? BN_FIVE_TILES : 1;
+            spread_tiles(r, panel, tile, count, bytes);
+            for (int64_t t = 0; t < count; t++) {
+                const int64_t c = (tile + t) * BN_QUANT_PAD, cols = bn_min_i64(r->cols - c, BN_QUANT_PAD);
+                for (int64_t lane = 0; lane < rows; lane++) {
+                    tile_row(bytes + t * BN_QUANT_TILE, lane, cols, r->codes + (first + lane) * r->cols + c);
+                }
+            }
+        }
+    }
 }
 
 bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     BN_TRY(bn_ternary_refresh(weight));
     const bn_ternary *t = weight->ternary;
-    const int64_t rows = weight->shape[0], cols = weight->shape[1], tiles = bn_ceil_div(cols, BN_QUANT_PAD);
     uint8_t *host = malloc(bn_tensor_bytes(t->panels) + 1);
     if (host == NULL) {
         return bn_fail(BN_ERR_MEMORY, "out of memory for %lld codes", (long long)weight->count);
@@ -111,9 +160,13 @@ bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     if (status == BN_OK) {
         status = bn_tensor_new(bn_cpu_backend(), BN_I8, 2, weight->shape, out);
     }
-    for (int64_t r = 0; status == BN_OK && r < rows; r++) {
-        for (int64_t c = 0; c < cols; c++) {
-            bn_i8(*out)[r * cols + c] = code_in(host, t->form, r, c, tiles);
+    if (status == BN_OK) {
+        code_reading r = {
+            host,       t->form, weight->shape[0], weight->shape[1], bn_ceil_div(weight->shape[1], BN_QUANT_PAD),
+            bn_i8(*out)};
+        status = bn_parallel_for(0, bn_ceil_div(r.rows, BN_PANEL_ROWS), 1, read_panels, &r);
+        if (status != BN_OK) {
+            bn_tensor_release(*out);
         }
     }
     free(host);
