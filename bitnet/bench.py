@@ -26,7 +26,7 @@ from bitnet.command import exit_status
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.decoding import Decoder
 from bitnet.errors import ConfigError
-from bitnet.generation_options import add_form_flags, load
+from bitnet.generation_options import add_form_flags, head_of, layout_of, load
 from bitnet.model import BitNetForCausalLM, Factory
 
 # Where a model is smaller, the measured bandwidth is that of this many bytes.
@@ -54,18 +54,6 @@ class RandomFactory(Factory):
 def ternary_codes(model: BitNetForCausalLM) -> int:
     """Weights of the ternary layers."""
     return sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
-
-
-def layout_of(model: BitNetForCausalLM) -> str:
-    """Bits of a ternary weight, as it is kept."""
-    return next((_core.ternary_layout(layer.weight) or "8" for _, layer in model.bitlinears()), "no")
-
-
-def head_of(model: BitNetForCausalLM) -> str:
-    """Form of the output head."""
-    return (
-        "ternary" if model.config.quantize_head else model.head_weight.dtype if model.head is None else model.head.form
-    )
 
 
 def step_bytes(model: BitNetForCausalLM, batch: int, length: float, cache_dtype: str = "f32") -> float:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from bitnet import current_isa, generation_options, get_threads, set_threads
-from bitnet._core import has_cuda
+from bitnet._core import Tensor, has_cuda
 from bitnet.command import exit_status
 from bitnet.decoder import ContextFullError
+from bitnet.generation_options import head_of, layout_of
 from bitnet.model import BitNetForCausalLM
 from bitnet.text_stream import TextStream
 from bitnet.token_stream import CONTEXTS
@@ -55,9 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe(model: BitNetForCausalLM) -> str:
     """What the command runs on, in one line."""
     cuda = "CUDA" if has_cuda() else "no CUDA in this build"
-    packed = sum(layer.in_features * layer.out_features for _, layer in model.bitlinears() if layer.is_packed)
-    parameters = f"{(model.num_parameters() + packed) / 1e6:.1f} M parameters"
-    return f"cpu: {current_isa()}, {get_threads()} threads; {cuda}; model: {parameters}"
+    weights = {
+        id(w): w.size for _, module in model.named_modules() for w in vars(module).values() if isinstance(w, Tensor)
+    }
+    form = f"{layout_of(model)} bits a ternary weight, head {head_of(model)}"
+    return (
+        f"cpu: {current_isa()}, {get_threads()} threads; {cuda}; "
+        f"model: {sum(weights.values()) / 1e6:.1f} M parameters, {form}"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from bitnet import _core
 from bitnet.cache import DTYPES
 from bitnet.drafting import MOST, Drafter, ModelDrafter, NgramDrafter, Speculation
 from bitnet.errors import ConfigError
@@ -32,6 +33,18 @@ def load(run: str, layout: str = "auto", head: str | None = None) -> BitNetForCa
     from bitnet.checkpoint import from_pretrained
 
     return from_pretrained(run).pack(layout, head)
+
+
+def layout_of(model: BitNetForCausalLM) -> str:
+    """Bits of a ternary weight, as it is kept."""
+    return next((_core.ternary_layout(layer.weight) or "8" for _, layer in model.bitlinears()), "no")
+
+
+def head_of(model: BitNetForCausalLM) -> str:
+    """Form of the output head."""
+    if model.config.quantize_head:
+        return "ternary"
+    return model.head_weight.dtype if model.head is None else model.head.form
 
 
 def add_form_flags(parser: argparse._ActionsContainer) -> None:

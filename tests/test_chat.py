@@ -379,7 +379,8 @@ def test_a_session(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     )
     assert out == f"{first}\n{again}\n{first}\n"
     head, notice, no_answer, *rest = err.splitlines()
-    assert re.search(r"^cpu: \w+, 1 threads; .* parameters; template: plain; context: 30000 tokens, cache in f32", head)
+    model_line = r"^cpu: \w+, 1 threads; .* parameters, 2 bits a ternary weight, head f32; template: plain; "
+    assert re.search(model_line + "context: 30000 tokens, cache in f32", head)
     assert "without a chat template" in notice
     assert no_answer == "error: there is no answer yet to give again"
     statuses = [line for line in rest if line.startswith("[")]
