@@ -20,7 +20,6 @@ static inline vi w_dot(vi acc, vi codes, int32_t quad) {
     const __m256i q = _mm256_set1_epi32(quad);
     return (vi){dot_8(acc.a, codes.a, q), dot_8(acc.b, codes.b, q)};
 }
-static inline vi w_dot_u8(vi acc, vi bytes, int32_t quad) { return w_dot(acc, bytes, quad); }
 
 /* 12 sums, 2 of the left factor, 1 of the right one. */
 #define DOT_ROWS 2
