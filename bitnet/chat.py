@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from bitnet import generation_options, set_threads
 from bitnet.chat_template import NAMES, choose
-from bitnet.command import exit_status
+from bitnet.command import add_run, exit_status
 from bitnet.conversation import CONTEXTS, Conversation, Turn
 from bitnet.errors import BitnetError
 from bitnet.generate import describe
@@ -31,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Talk with a trained model. A line is a message; /help lists commands.",
         epilog='example: bitnet chat runs/nano-stdlib-001 --system "You are brief." --temperature 0.6',
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint folder in it")
+    add_run(parser)
     parser.add_argument(
         "--template",
         choices=NAMES,

@@ -1,11 +1,17 @@
-"""What the command lines share: how one ends, with a sentence for people and a status for scripts."""
+"""What the command lines share: the model they work on, and how one ends, with a sentence and a status."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
 from bitnet.errors import BitnetError
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The model that a command works on."""
+    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
 
 
 def exit_status(work: Callable[[], int]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet import set_threads
-from bitnet.command import exit_status
+from bitnet.command import add_run, exit_status
 from bitnet.errors import ConfigError
 from bitnet.evaluation import evaluate
 from bitnet.generate import describe
@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Loss, perplexity and bits per byte of a trained model on a text it has not seen.",
         epilog="example: bitnet evaluate runs/nano-stdlib-001 --data held_out.txt --json result.json",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
+    add_run(parser)
     parser.add_argument(
         "--data", nargs="+", required=True, type=Path, metavar="PATH", help="text or .jsonl, or folders"
     )

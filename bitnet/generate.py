@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bitnet import current_isa, generation_options, get_threads, set_threads
 from bitnet._core import Tensor, has_cuda
-from bitnet.command import exit_status
+from bitnet.command import add_run, exit_status
 from bitnet.decoder import ContextFullError
 from bitnet.generation_options import head_of, layout_of
 from bitnet.model import BitNetForCausalLM
@@ -23,7 +23,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Continue a prompt with a trained model. The same seed gives the same text on every machine.",
         epilog='example: bitnet generate runs/nano-stdlib-001 -p "def main(" --temperature 0.7 --top-p 0.95',
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
+    add_run(parser)
     parser.add_argument(
         "-p",
         "--prompt",

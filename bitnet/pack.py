@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from bitnet.bitnet_file import TERNARY, BitnetFile
-from bitnet.command import exit_status
+from bitnet.command import add_run, exit_status
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM
 
@@ -21,7 +21,7 @@ def arguments() -> argparse.ArgumentParser:
         "every tensor. Ternary layers take 1.6 bits a weight; the logits are those of the run, bit for bit.",
         epilog="example: bitnet pack runs/nano-stdlib-001 -o nano.bitnet --coded",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, one checkpoint folder in it, or a .bitnet file")
+    add_run(parser)
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the file to write")
     parser.add_argument(
         "--coded", action="store_true", help="entropy-code each ternary layer that gets smaller by it; loads as fast"
