@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitnet import _core
+from bitnet.durable import sync
 from bitnet.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def write(
                 os.fsync(file.fileno())
             _refuse_existing(path, force)
             unfinished.replace(path)
-            _sync_folder(path.parent)
+            sync(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
@@ -354,13 +355,3 @@ def _header(config: dict[str, Any], provenance: dict[str, str], sections: Sequen
 def _refuse_existing(path: Path, force: bool) -> None:
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path} exists already" + ("" if path.is_dir() else "; --force replaces it"))
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no handle of a folder
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

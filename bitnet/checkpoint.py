@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from bitnet.config import BitNetConfig
+from bitnet.durable import sync
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
@@ -181,12 +181,12 @@ def save(
         names = sorted(path.name for path in partial.iterdir())
         _write_text(partial / SUMS, "".join(f"{_sha256(partial / name)}  {name}\n" for name in names))
         for path in [*partial.iterdir(), partial]:
-            _sync(path)
+            sync(path)
         old = target.with_name(PARTIAL + "old-" + target.name)
         if target.exists():  # the same step, saved again
             target.rename(old)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -309,13 +309,3 @@ def _sha256(path: Path) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no handle of a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

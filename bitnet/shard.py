@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from bitnet.durable import sync
 from bitnet.errors import DataError
 
 MAGIC = b"BNSHARD\0"
@@ -271,9 +272,4 @@ def _finish(file: BinaryIO, partial: Path, path: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     os.replace(partial, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync(path.parent)

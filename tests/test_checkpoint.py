@@ -145,7 +145,7 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     for step in (1, 2):
         with pytest.raises(CheckpointError, match=rf"step-0000000{step} could not be written: No space left on device"):
             put(tmp_path, step, seed=3)
