@@ -14,12 +14,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
+from scripted import Script
 
 import bitnet
 from bitnet import checkpoint
@@ -86,19 +86,6 @@ def model() -> bitnet.BitNetForCausalLM:
     model = bitnet.BitNetForCausalLM(CONFIG, seed=1)
     model.tokenizer = ASCII
     return model
-
-
-class Script(Sampler):
-    """Draws given ids whatever the logits say."""
-
-    def __init__(self, ids: Iterable[int]) -> None:
-        super().__init__()
-        object.__setattr__(self, "ids", iter(ids))
-
-    ids: Iterator[int]
-
-    def __call__(self, logits: np.ndarray, position: int, seen: Sequence[int] = ()) -> int:
-        return next(self.ids)
 
 
 # ---- templates -----------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import Script
 
 import bitnet
 from bitnet import checkpoint, decoding
@@ -47,19 +48,6 @@ def model() -> bitnet.BitNetForCausalLM:
 def whole(model: bitnet.BitNetForCausalLM, tokens: np.ndarray) -> np.ndarray:
     with bitnet.no_grad():
         return model(tokens).numpy()
-
-
-class Script(Sampler):
-    """Draws given ids whatever the logits say."""
-
-    def __init__(self, ids: Iterable[int]) -> None:
-        super().__init__()
-        object.__setattr__(self, "ids", iter(ids))
-
-    ids: Iterator[int]
-
-    def __call__(self, logits: np.ndarray, position: int, seen: Sequence[int] = ()) -> int:
-        return next(self.ids)
 
 
 # ---- Decoder -------------------------------------------------------------------------------------------------------
