@@ -14,6 +14,7 @@ import json
 import resource
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,7 +37,9 @@ LEAST_READ = 1 << 20
 class RandomFactory(Factory):
     """Packed layers of random codes, and matrices of one random row: made in seconds at any size."""
 
-    layout = "2"
+    def __init__(self, config: BitNetConfig, seed: int, layout: str = "2") -> None:
+        super().__init__(config, seed)
+        self.layout = layout
 
     def matrix(self, name: str, rows: int, cols: int) -> nn.Parameter:
         row = np.random.default_rng(self.seed).normal(0, self.config.initializer_range, cols)
@@ -51,15 +54,10 @@ class RandomFactory(Factory):
         return nn.BitLinear(in_features, out_features, weight=weight)
 
 
-def ternary_codes(model: BitNetForCausalLM) -> int:
-    """Weights of the ternary layers."""
-    return sum(layer.in_features * layer.out_features for _, layer in model.bitlinears())
-
-
 def step_bytes(model: BitNetForCausalLM, batch: int, length: float, cache_dtype: str = "f32") -> float:
     """Bytes that a step of `batch` sequences reads: weights once, and the cache of `length` tokens of each."""
     c = model.config
-    ternary = ternary_codes(model) * float(layout_of(model)) / 8 if ternary_codes(model) else 0
+    ternary = model.num_ternary() * float(layout_of(model)) / 8 if model.num_ternary() else 0
     head = 4 * c.vocab_size * c.hidden_size if model.head is None else model.head.bytes_read()
     inner = {id(model.head_weight), id(model.model.embed_tokens.weight)}
     others = sum(4 * parameter.size for parameter in model.parameters() if id(parameter) not in inner)
@@ -97,14 +95,13 @@ def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, round
     prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds, cache_dtype)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     bandwidth = max(_core.read_bandwidth(max(round(read), LEAST_READ)) for _ in range(2))  # takes memory itself
-    linear_macs = ternary_codes(model)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,
         "decode_tokens_per_second": batch / step_seconds,
         "bytes_per_token": read / batch,
         "read_bandwidth": bandwidth,
         "decode_bandwidth_share": read / step_seconds / bandwidth,
-        "prompt_peak_share": linear_macs * batch * prompt / prompt_seconds / peak.macs_per_second,
+        "prompt_peak_share": model.num_ternary() * batch * prompt / prompt_seconds / peak.macs_per_second,
         "peak_memory_bytes": memory,
     }
 
@@ -148,7 +145,7 @@ def model_of(args: argparse.Namespace) -> BitNetForCausalLM:
         return load(args.run, args.layout, args.head)
     config = BitNetConfig.preset(args.preset)
     room = max(config.max_position_embeddings, args.prompt + args.gen + 1)
-    random = type("RandomFactory", (RandomFactory,), {"layout": "2" if args.layout == "auto" else args.layout})
+    random = partial(RandomFactory, layout="2" if args.layout == "auto" else args.layout)
     model = BitNetForCausalLM(config.replace(max_position_embeddings=room), factory=random)
     return model.pack(args.layout, args.head)
 

@@ -120,6 +120,10 @@ class Module:
         """All ternary layers by dotted path."""
         return ((path, module) for path, module in self.named_modules() if isinstance(module, BitLinear))
 
+    def num_ternary(self) -> int:
+        """How many weights are ternary."""
+        return sum(layer.in_features * layer.out_features for _, layer in self.bitlinears())
+
     def ternary_stats(self) -> TernaryStats:
         """Code counts of all ternary layers together (for one layer: BitLinear.ternary_stats)."""
         return TernaryStats.total(layer.ternary_stats() for _, layer in self.bitlinears())
@@ -144,9 +148,8 @@ class Module:
 
         layout: "2" or "1.6" bits a weight, or "auto", which tries both on this machine if the model is large.
         """
-        layers = [layer for _, layer in self.bitlinears()]
-        chosen = choose_layout(sum(layer.in_features * layer.out_features for layer in layers), layout)
-        for layer in layers:
+        chosen = choose_layout(self.num_ternary(), layout)
+        for _, layer in self.bitlinears():
             layer.pack(chosen)
         return self
 

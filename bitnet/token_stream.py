@@ -165,8 +165,8 @@ def require_request(prompt: Sequence[int], max_new_tokens: int, limit: int, cont
 
 
 def _largest_needed(model: BitNetForCausalLM, sampler: Sampler, vocab_size: int | None) -> int | None:
-    """Decoder.top for a sampler that may not draw the ids a padded head has too many; None unless it saves work."""
+    """Decoder.top for a sampler that may not draw the ids a padded head has too many; None: all logits count."""
     needed = sampler.largest_needed
-    if needed is None or model.head is None or model.head.form != "screened":
+    if needed is None:
         return None
     return needed + model.config.vocab_size - (vocab_size or model.config.vocab_size)

@@ -11,6 +11,7 @@
 #include "ops/ops.h"
 #include "ops/optimizer.h"
 #include "ops/time_product.h"
+#include "quant/fifths.h"
 #include "quant/ternary.h"
 #include "tensor/compact.h"
 #include "tensor/ternary_weight.h"
@@ -215,7 +216,7 @@ static PyObject *prepare_fifths(PyObject *module, PyObject *args) {
     PyObject *out = NULL;
     int64_t count;
     if (rows < 1 || cols < 1 || cols >= 1 << 23 || __builtin_mul_overflow(rows, cols, &count) ||
-        bn_ceil_div(count, 5) != bytes.len) {
+        bn_fifths_bytes(count) != bytes.len) {
         PyErr_Format(bn_state(module)->shape_error, "%zd bytes are not the fifths of %lld x %lld codes", bytes.len,
                      rows, cols);
     } else if (parse_layout(layout, &form)) {
