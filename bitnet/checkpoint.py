@@ -76,7 +76,7 @@ def from_pretrained(path: str | Path) -> BitNetForCausalLM:
     """
     folder = Path(path)
     if folder.is_file():
-        from bitnet.packing import load_packed
+        from bitnet.formats.packing import load_packed
 
         return load_packed(folder)
     return open_checkpoint(folder).model()

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.bitnet_file import TERNARY, VERSION, BitnetFile, Section
 from bitnet.command import exit_status
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.formats.bitnet_file import TERNARY, VERSION, BitnetFile, Section
 from bitnet.nn import TernaryStats
 from bitnet.pack import sizes
 
@@ -116,7 +116,7 @@ def _total(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _inspect_tokenizer(file: BitnetFile, damage: list[str]) -> dict[str, Any] | None:
-    from bitnet.packing import open_tokenizer
+    from bitnet.formats.packing import open_tokenizer
 
     try:
         tokenizer = open_tokenizer(file)

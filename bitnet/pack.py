@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bitnet.bitnet_file import TERNARY, BitnetFile
 from bitnet.command import add_run, exit_status
 from bitnet.errors import ConfigError
+from bitnet.formats.bitnet_file import TERNARY, BitnetFile
 from bitnet.model import BitNetForCausalLM
 
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(path: Path) -> tuple[BitNetForCausalLM, dict[str, str]]:
     """The model of a run, checkpoint or packed file, and its provenance."""
-    from bitnet import checkpoint, packing
+    from bitnet import checkpoint
+    from bitnet.formats import packing
 
     if path.is_file():
         model = packing.load_packed(path)
@@ -56,7 +57,7 @@ def _open(path: Path) -> tuple[BitNetForCausalLM, dict[str, str]]:
 def _run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from bitnet.packing import save_packed
+    from bitnet.formats.packing import save_packed
 
     if args.out.exists() and not args.force:  # before anything is read
         raise ConfigError(f"{args.out} exists already; --force replaces it")

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitnet import _core, bitnet_file
-from bitnet.bitnet_file import ALIGN, BitnetFile, Content, Part, write
+from bitnet import _core
 from bitnet.errors import CheckpointError
+from bitnet.formats import bitnet_file
+from bitnet.formats.bitnet_file import ALIGN, BitnetFile, Content, Part, write
 
 Array = np.ndarray[Any, Any]
 FLOATS = np.arange(6, dtype=np.float32).reshape(2, 3) - 1.5

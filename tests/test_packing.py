@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import bitnet
-from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, cli, info, packing
-from bitnet.bitnet_file import BitnetFile, Section, write
+from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, cli, info
 from bitnet.decoding import Decoder
 from bitnet.errors import CheckpointError
-from bitnet.packing import load_packed, save_packed, to_bf16
+from bitnet.formats import bitnet_file, packing
+from bitnet.formats.bitnet_file import BitnetFile, Section, write
+from bitnet.formats.packing import load_packed, save_packed, to_bf16
 from bitnet.tokenizer import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 
 SHAPE = BitNetConfig(257, 48, 80, 2, 4, 2, max_position_embeddings=64)
@@ -199,12 +200,12 @@ def rewritten(path: Path, changes: dict[str, Any], drop: str = "", form: str = "
     parts = []
     for section in file.sections.values():
         data = bytes(file.view(section))
-        content = bitnet.bitnet_file.Content(section.form, data, section.scale)
+        content = bitnet_file.Content(section.form, data, section.scale)
         if section.name == drop:
             if not form:
                 continue
-            content = bitnet.bitnet_file.Content(form, bytes(4 * section.count))
-        parts.append(bitnet.bitnet_file.Part(section.name, section.shape, lambda content=content: content))
+            content = bitnet_file.Content(form, bytes(4 * section.count))
+        parts.append(bitnet_file.Part(section.name, section.shape, lambda content=content: content))
     write(path, file.config | changes, file.provenance, parts, force=True)
 
 

@@ -7,8 +7,8 @@ import growth
 import numpy as np
 
 from bitnet import BitNetConfig, BitNetForCausalLM, _core, no_grad
-from bitnet.bitnet_file import BitnetFile
-from bitnet.packing import load_packed, save_packed
+from bitnet.formats.bitnet_file import BitnetFile
+from bitnet.formats.packing import load_packed, save_packed
 from bitnet.tokenizer import ByteTokenizer
 
 MODEL = BitNetForCausalLM(BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=16))

@@ -19,10 +19,10 @@ import numpy as np
 
 from bitnet import _core, get_threads, nn, ops
 from bitnet._core import Tensor
-from bitnet.bitnet_file import TERNARY, BitnetFile, Content, Part, Section, file_parts, write
 from bitnet.checkpoint import Checkpoint, config_from, config_json
 from bitnet.config import BitNetConfig
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.formats.bitnet_file import TERNARY, BitnetFile, Content, Part, Section, file_parts, write
 from bitnet.layout import choose_layout
 from bitnet.model import BitNetForCausalLM, Factory
 from bitnet.tokenizer import Tokenizer, load_tokenizer
