@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Trainer": "bitnet.trainer",
     "TrainerConfig": "bitnet.trainer",
-    "from_pretrained": "bitnet.checkpoint",
+    "from_pretrained": "bitnet.pretrained",
 }
 
 

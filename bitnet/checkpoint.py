@@ -62,24 +62,14 @@ class Checkpoint:
             model.load_state_dict(self.weights)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit {CONFIG}: {error.args[0]}") from None
-        trained = self.state.get("config", {}).get("seq_len")
-        vars(model).update(
-            tokenizer=self.tokenizer, checkpoint=self.path, step=self.state.get("step"), trained_seq_len=trained
-        )
+        vars(model).update(self.about())
         return model
 
-
-def from_pretrained(path: str | Path) -> BitNetForCausalLM:
-    """Opens a run folder (its newest complete checkpoint), a checkpoint folder, or a packed `.bitnet` file.
-
-    The model's attribute `tokenizer` is the one it was trained with. CheckpointError names what is missing or damaged.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        from bitnet.formats.packing import load_packed
-
-        return load_packed(folder)
-    return open_checkpoint(folder).model()
+    def about(self) -> dict[str, Any]:
+        """The attributes that a model has beside its weights."""
+        trained = self.state.get("config", {}).get("seq_len")
+        return {"tokenizer": self.tokenizer, "checkpoint": self.path, "step": self.state.get("step"),
+                "trained_seq_len": trained}  # fmt: skip
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

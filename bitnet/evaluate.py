@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from bitnet.checkpoint import from_pretrained
+    from bitnet.pretrained import from_pretrained
 
     if args.threads is not None:
         set_threads(args.threads)

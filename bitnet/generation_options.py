@@ -30,7 +30,7 @@ def until_reader_leaves(work: Callable[[], int]) -> int:
 
 def load(run: str, layout: str = "auto", head: str | None = None) -> BitNetForCausalLM:
     """The model of a run or file, packed: nothing is trained, and a token reads a sixteenth of the memory."""
-    from bitnet.checkpoint import from_pretrained
+    from bitnet.pretrained import from_pretrained
 
     return from_pretrained(run).pack(layout, head)
 

@@ -45,13 +45,14 @@ def _open(path: Path) -> tuple[BitNetForCausalLM, dict[str, str]]:
     """The model of a run, checkpoint or packed file, and its provenance."""
     from bitnet import checkpoint
     from bitnet.formats import packing
+    from bitnet.formats.source import assemble
 
     if path.is_file():
         model = packing.load_packed(path)
         provenance: dict[str, str] = vars(model)["provenance"]
         return model, provenance
     saved = checkpoint.open_checkpoint(path)
-    return packing.without_copies(saved), packing.provenance_of(saved)
+    return assemble(packing.SavedSource(saved)), packing.provenance_of(saved)
 
 
 def _run(args: argparse.Namespace) -> int:

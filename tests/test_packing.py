@@ -15,9 +15,11 @@ import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, cli, info
 from bitnet.decoding import Decoder
 from bitnet.errors import CheckpointError
-from bitnet.formats import bitnet_file, packing
+from bitnet.formats import bitnet_file, weights
 from bitnet.formats.bitnet_file import BitnetFile, Section, write
-from bitnet.formats.packing import load_packed, save_packed, to_bf16
+from bitnet.formats.packing import SavedSource, load_packed, save_packed
+from bitnet.formats.source import assemble
+from bitnet.formats.weights import bf16_bits
 from bitnet.tokenizer import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 
 SHAPE = BitNetConfig(257, 48, 80, 2, 4, 2, max_position_embeddings=64)
@@ -143,7 +145,7 @@ def test_every_kind_of_model_runs_from_bf16(tmp_path: Path, changes: dict[str, A
     model = trained(changes)
     for _, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            halves = to_bf16(parameter.numpy()).astype(np.uint32) << 16
+            halves = bf16_bits(parameter.numpy()).astype(np.uint32) << 16
             parameter.copy_(halves.view(np.float32))
     save_packed(model, tmp_path / "m.bitnet")
     forms = {section.form for section in sections(tmp_path / "m.bitnet").values() if len(section.shape) == 2}
@@ -160,12 +162,12 @@ def test_a_head_that_was_packed_in_bf16_is_saved_as_it_is(tmp_path: Path, change
     assert same(load_packed(tmp_path / "m.bitnet"), model)
 
 
-def test_rounding_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "CHUNK", 7)
+def test_rounding_bf16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CHUNK", 7)
     bits = np.random.default_rng(0).integers(0, 2**32, 4000, np.uint32)
     bits[:6] = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800001, 0xFF800000, 0x00000001]
     values = bits.view(np.float32)
-    got = to_bf16(values.reshape(40, 100))
+    got = bf16_bits(values.reshape(40, 100))
     assert got.shape == (40, 100)
     with bitnet.no_grad():
         want = bitnet.tensor(values).to("bf16").to("f32").numpy()
@@ -226,8 +228,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({"max_position_embeddings": 2**40}, "", "", "does not fit its config: rope_tables"),
         ({"hidden_act": "tanh"}, "", "", "hidden_act must be one of"),
         ({"hidden_size": "48"}, "", "", "hidden_size must be a positive integer"),
-        ({"linear": "linear"}, "", "", "is stored as fifths, which its config does not want"),
-        ({}, Q, "f32", f"{Q} is stored as f32, which its config does not want"),
+        ({"linear": "linear"}, "", "", "is stored as ternary codes, which its config does not want"),
+        ({}, Q, "f32", f"{Q} is stored as floats, which its config does not want"),
         ({"rms_norm_eps": None}, "", "", "rms_norm_eps must be a positive number, not None"),
         ({"rope_theta": "10000"}, "", "", "rope_theta must be a positive number"),
     ],
@@ -326,14 +328,14 @@ def test_a_checkpoint_that_does_not_fit_is_not_packed(tmp_path: Path, run: Path)
     shutil.copytree(run / "checkpoints" / "step-00000030", folder)
     for changes, sentence in [
         ({"num_hidden_layers": 1}, "for which its config has no place"),
-        ({"hidden_size": 32}, r"embed_tokens\.weight should be \(257, 32\), not float32 of shape"),
+        ({"hidden_size": 32}, r"embed_tokens\.weight has shape \(257, 64\), but \(257, 32\) by its config"),
         ({"tie_word_embeddings": True}, r"it has lm_head\.weight"),
-        ({"num_hidden_layers": 4}, r"q_proj\.weight should be .*, not nothing"),
+        ({"num_hidden_layers": 4}, r"it has no .*q_proj\.weight, which its config asks for"),
     ]:
         saved = checkpoint.load(folder)
         vars(saved)["config"] = saved.config.replace(**changes)
         with pytest.raises(CheckpointError, match=sentence):
-            packing.without_copies(saved)
+            assemble(SavedSource(saved))
 
 
 def test_info_tells_what_is_there(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitnet import _core
-from bitnet.durable import sync
+from bitnet.durable import whole_file
 from bitnet.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -302,22 +302,8 @@ def write(
     force: replace a file that exists. progress: wraps the parts, as tqdm does. Raises CheckpointError (a full disk),
     leaving no trace.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".partial-{path.name}")
-    _refuse_existing(path, force)
-    try:
-        try:
-            with open(unfinished, "wb") as file:
-                _write(file, config, provenance, parts, parts if progress is None else progress(parts))
-                file.flush()
-                os.fsync(file.fileno())
-            _refuse_existing(path, force)
-            unfinished.replace(path)
-            sync(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
+    with whole_file(Path(path), force) as file:
+        _write(file, config, provenance, parts, parts if progress is None else progress(parts))
 
 
 def _write(file: Any, config: dict[str, Any], provenance: dict[str, str], parts: Sequence[Part],
@@ -350,8 +336,3 @@ def _header(config: dict[str, Any], provenance: dict[str, str], sections: Sequen
     entries = [{name: value for name, value in asdict(section).items() if value is not None} for section in sections]
     header = {"config": config, "provenance": provenance, "sections": entries}
     return json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _refuse_existing(path: Path, force: bool) -> None:
-    if path.is_dir() or (path.exists() and not force):
-        raise CheckpointError(f"{path} exists already" + ("" if path.is_dir() else "; --force replaces it"))

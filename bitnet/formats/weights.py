@@ -1,0 +1,66 @@
+"""What a model is made of, as a file wants it: by published name, a matrix at a time, in numbers that NumPy knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bitnet import _core, nn, ops
+from bitnet._core import Tensor
+from bitnet.formats.source import Codes
+from bitnet.model import BitNetForCausalLM
+
+Array = np.ndarray[Any, Any]
+CHUNK = 1 << 20  # floats looked at together: a few MB of temporary memory
+
+
+def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:
+    """Everything a model is made of, by name: ternary layers, and tensors of the others."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BitLinear):
+            yield f"{path}.weight", module
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}", value
+
+
+def codes_of(layer: nn.BitLinear) -> Codes:
+    """The codes and the scale that a layer multiplies, packed or not; the codes are a copy."""
+    # detach(): the codes that quantizing keeps beside a weight go with this window instead of staying with the model.
+    weight = layer.weight if layer.is_packed else layer.weight.detach()
+    return Codes(_core.ternary_codes(weight).numpy(), _core.ternary_stats(weight)[4])
+
+
+def floats_of(weight: Tensor) -> Array:
+    """The numbers of a tensor in f32 or bf16, as f32."""
+    with ops.no_grad():
+        values: Array = weight.to("f32").numpy()
+    return values
+
+
+def is_bf16(values: Array) -> bool:
+    """Whether every f32 is a bf16, so that bf16_bits loses nothing."""
+    return not any((part & 0xFFFF).any() for part in chunks(values.reshape(-1).view(np.uint32)))
+
+
+def bf16_bits(values: Array) -> Array:
+    """f32 -> the upper halves of the nearest bf16 (ties to even; NaN stays NaN), uint16 of the same shape."""
+    out = np.empty(values.size, np.uint16)
+    bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+    for source, target in zip(chunks(bits), chunks(out), strict=True):
+        rounded = (source + (0x7FFF + (source >> 16 & 1))) >> 16
+        target[:] = np.where((source & 0x7FFFFFFF) > 0x7F800000, source >> 16 | 0x40, rounded)
+    return out.reshape(values.shape)
+
+
+def bf16_values(bits: Array) -> Array:
+    """uint16, the upper halves -> f32 of the same shape."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def chunks(flat: Array) -> Iterator[Array]:
+    """A flat array in pieces of CHUNK elements."""
+    return (flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))
