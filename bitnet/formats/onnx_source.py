@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from bitnet.checkpoint import config_from
-from bitnet.errors import CheckpointError
+from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.onnx_export import ALIGN, CONFIG_KEY, DATA_SUFFIX, MODEL_FILE
 from bitnet.formats.onnx_graph import BFLOAT16, BITS, CONSTANT, FLOAT, INT2, INT8
 from bitnet.formats.onnx_model import SCALE, unpack_int2
 from bitnet.formats.protobuf import Value, fields, numbers
 from bitnet.formats.source import Codes, Floats, Stored
-from bitnet.tokenizer import load_tokenizer
+from bitnet.tokenizer import OWN_FILE, Tokenizer, load_tokenizer
 
 Array = np.ndarray[Any, Any]
+TOKENIZER_FILES = (OWN_FILE, "tokenizer.json", "tokenizer.model")
 HIGHEST = 1 << 40  # of a dimension, an offset or a length
 # Numbers of the fields that are read, by message.
 GRAPH, METADATA, INITIALIZER, SPARSE = 7, 14, 5, 15
@@ -72,12 +73,18 @@ class OnnxSource:
             self._check_places()
             if CONFIG_KEY not in self._metadata:
                 raise ValueError(f"it has no metadata {CONFIG_KEY}: only ONNX files that bitnet wrote can be read")
-            values = json.loads(self._metadata[CONFIG_KEY])
-            if not isinstance(values, dict):
-                raise ValueError(f"its {CONFIG_KEY} is no object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        try:
+            values = json.loads(self._metadata[CONFIG_KEY])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its {CONFIG_KEY} is no JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: its {CONFIG_KEY} is no object")
         self.config = config_from(values, path)
+        positions, head_dim = self.config.max_position_embeddings, self.config.head_dim
+        if positions * head_dim * 4 > len(self._model):  # its constants hold the tables of rope
+            raise CheckpointError(f"{path}: it is too small to have max_position_embeddings {positions}")
         if self.config.tie_word_embeddings and self.config.quantize_head:
             for name in ("lm_head.weight", "lm_head.weight" + SCALE):  # the codes of the embedding
                 self._tensors.pop(name, None)
@@ -89,11 +96,18 @@ class OnnxSource:
 
     def about(self) -> dict[str, Any]:
         """See Source; the tokenizer is that of the folder, None if the file has been given another name."""
-        folder = self.path.parent
-        has_one = self.path.name == MODEL_FILE and any(folder.glob("*tokenizer*"))
         told = {key: text for key, text in self._metadata.items() if key != CONFIG_KEY}
-        return {"tokenizer": load_tokenizer(folder) if has_one else None, "checkpoint": self.path, "provenance": told,
+        return {"tokenizer": self._tokenizer(), "checkpoint": self.path, "provenance": told,
                 "step": None, "trained_seq_len": None}  # fmt: skip
+
+    def _tokenizer(self) -> Tokenizer | None:
+        folder = self.path.parent
+        if self.path.name != MODEL_FILE or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        try:
+            return load_tokenizer(folder)
+        except BitnetError as error:
+            raise CheckpointError(f"{self.path} has a tokenizer beside it that cannot be read: {error}") from None
 
     def read(self, name: str) -> Stored:
         """See Source."""
