@@ -210,28 +210,49 @@ def test_int2_is_smaller_and_the_same(setting: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(OnnxModel(tmp_path / "x.onnx", SMALL)(tokens), OnnxModel(path, SMALL)(tokens))
 
 
-def test_a_trained_model_continues_as_ours(tmp_path: Path) -> None:
-    """Nothing is near a tie between two tokens: it has learned one sequence by heart."""
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[int]]:
+    """A model's folder, a prompt, and how ours goes on. It knows one text by heart: no two tokens are nearly tied."""
     config = SMALL.replace(vocab_size=23, initializer_range=0.05, hidden_act="silu")
     model = BitNetForCausalLM(config, seed=1)
     optimizer = bitnet.optim.AdamW(model, lr=1e-2)
-    text = np.random.default_rng(0).permutation(23).astype(np.int32)
-    text = np.tile(text, 3)[None]
+    order = np.random.default_rng(0).permutation(22).astype(np.int32) + 1  # 0 ends a text where GenAI knows no end
+    text = np.tile(order, 3)[None]
     for _ in range(60):
         loss = model(np.ascontiguousarray(text[:, :30]), np.ascontiguousarray(text[:, 1:31]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
-    want = list(generate_ids(model, text[0, :3].tolist(), 30, temperature=0))
-    save_onnx(model, tmp_path / "x.onnx")
-    run = OnnxModel(tmp_path / "x.onnx", config)
-    logits, got = run(text[:, :3].astype(np.int64)), []
-    for _ in range(30):
+    prompt = order[:3].tolist()
+    want = list(generate_ids(model, prompt, 30, temperature=0))
+    assert want[:19] == order[3:].tolist()
+    folder = tmp_path_factory.mktemp("learned") / "model"
+    save_onnx(model, folder)
+    return folder, prompt, want
+
+
+def test_greedy_continuations_are_ours(learned: tuple[Path, list[int], list[int]]) -> None:
+    folder, prompt, want = learned
+    run = OnnxModel(folder / "model.onnx", SMALL)
+    logits, got = run(np.array([prompt])), []
+    for _ in want:
         got.append(int(logits[0, -1].argmax()))
         logits = run.next(np.array([got[-1:]]))
     assert got == want
-    assert got[:20] == text[0, 3:23].tolist()
+
+
+def test_onnx_runtime_genai_continues_as_ours(learned: tuple[Path, list[int], list[int]]) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="it reads the folder as it is")
+    folder, prompt, want = learned
+    model = genai.Model(str(folder))
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=len(prompt) + len(want))
+    generator = genai.Generator(model, options)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == prompt + want
 
 
 def test_names_are_those_of_hugging_faces_exporters(setting: Any) -> None:
@@ -315,6 +336,9 @@ def test_a_folder_has_what_belongs_to_the_model(setting: Any, tmp_path: Path) ->
     assert (tmp_path / "x" / "model.onnx").read_bytes() == path.read_bytes()
     assert json.loads((tmp_path / "x" / "config.json").read_text())["hidden_size"] == 48
     assert isinstance(load_tokenizer(tmp_path / "x"), ByteTokenizer)
+    assert json.loads((tmp_path / "x" / "genai_config.json").read_text())["model"]["decoder"]["head_size"] == 8
+    save_onnx(model, tmp_path / "x", force=True, cache=False)
+    assert sorted(os.listdir(tmp_path / "x")) == ["config.json", "model.onnx"]
 
 
 @pytest.mark.parametrize("limit", [1000, 1 << 31])

@@ -23,6 +23,7 @@ import numpy as np
 from bitnet.checkpoint import config_json
 from bitnet.durable import refuse_existing, whole_file, whole_folder
 from bitnet.errors import ConfigError
+from bitnet.formats.onnx_genai import GENAI_FILE, genai_config
 from bitnet.formats.onnx_graph import Weight, require_onnx
 from bitnet.formats.onnx_model import OPSET_INT2, TERNARY, ModelGraph
 from bitnet.formats.protobuf import opening, varint
@@ -56,9 +57,10 @@ def save_onnx(
     """Writes a model, packed or not, as ONNX; the model is not changed. Inputs and outputs: onnx_model.ModelGraph.
 
     path: a file NAME.onnx, which has a NAME.onnx.data beside it if the model is larger than 2 GB; or a folder, which
-    will hold model.onnx, config.json and the files of the tokenizer (default the model's own, if it has one). weights:
-    how ternary codes are stored, "int8" (opset 21), or "int2" (opset 25), a quarter of the size, with the same results.
-    cache: with past and present keys and values. force: replace what exists. progress: wraps the names of the weights.
+    will hold model.onnx, config.json, the files of the tokenizer (default the model's own, if it has one) and, with a
+    cache, the genai_config.json of ONNX Runtime GenAI; a file alone has no tokenizer. weights: how ternary codes are
+    stored, "int8" (opset 21), or "int2" (opset 25), a quarter of the size with the same results. cache: with past and
+    present keys and values. force: replace what exists. progress: wraps the names of the weights, as tqdm does.
     ConfigError if onnx is not installed or the options do not fit; CheckpointError, leaving no trace, if the disk is
     full.
     """
@@ -76,8 +78,11 @@ def save_onnx(
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     with whole_folder(path, force) as folder:
         _save(OnnxFile(model, weights, cache), folder / MODEL_FILE, force, progress)
-        values = config_json(model.config, tokenizer)
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        described = {"config.json": config_json(model.config, tokenizer)}
+        if cache:
+            described[GENAI_FILE] = genai_config(model.config, tokenizer, MODEL_FILE)
+        for name, values in described.items():
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(folder)
 
