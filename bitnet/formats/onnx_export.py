@@ -26,7 +26,7 @@ from bitnet.errors import ConfigError
 from bitnet.formats.onnx_genai import GENAI_FILE, genai_config
 from bitnet.formats.onnx_graph import Weight, require_onnx
 from bitnet.formats.onnx_model import OPSET_INT2, TERNARY, ModelGraph
-from bitnet.formats.protobuf import opening, varint
+from bitnet.formats.protobuf import opening
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -174,7 +174,7 @@ def _tensor(weight: Weight) -> TensorProto:
 def _head(weight: Weight) -> bytes:
     """An initializer of a graph up to its raw data, which end it."""
     message = _tensor(weight).SerializeToString(deterministic=True) + opening(RAW_DATA, weight.bytes)
-    return varint(INITIALIZER << 3 | 2) + varint(len(message) + weight.bytes) + message
+    return opening(INITIALIZER, len(message) + weight.bytes) + message
 
 
 def _made(weight: Weight) -> memoryview:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet import nn
+from bitnet import nn, ops
 from bitnet._core import Tensor
 from bitnet.formats.onnx_graph import BFLOAT16, BOOL, FLOAT, INT2, INT8, INT64, Graph, Weight
 from bitnet.formats.source import Codes
@@ -31,6 +31,10 @@ TERNARY = {"int8": INT8, "int2": INT2}
 SCALE = "_scale"  # follows the name of a ternary weight in that of its scale
 OPSET, OPSET_INT2 = 21, 25  # INT2 came with 25
 EPS = 1e-5  # BN_QUANT_EPS: the least absmax
+# The four numbers of each byte of INT2, as bytes of one word: shifted to the top of an int8, and down with its sign.
+_SIGNED = (np.arange(256, dtype=np.uint8)[:, None] << np.array([6, 4, 2, 0], np.uint8)).view(np.int8) >> 6
+FOUR_OF_A_BYTE = np.ascontiguousarray(_SIGNED).view(np.uint32).reshape(-1)
+BAND = 1 << 20  # elements of a bf16 matrix that are f32 at a time
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -38,18 +42,28 @@ EPS = 1e-5  # BN_QUANT_EPS: the least absmax
 
 def pack_int2(codes: Array) -> Array:
     """Codes -1, 0, 1 of any shape -> four to a byte in two's complement, the first lowest, zeros at the end."""
-    flat = codes.reshape(-1).view(np.uint8) & 3
-    flat = np.pad(flat, (0, -flat.size % 4))
-    packed: Array = flat[0::4] | flat[1::4] << 2 | flat[2::4] << 4 | flat[3::4] << 6
-    return packed
+    flat = codes.reshape(-1)
+    if flat.size % 4:
+        flat = np.pad(flat, (0, -flat.size % 4))
+    words = flat.view("<u4") & np.uint32(0x03030303)
+    words |= words >> 6
+    words |= words >> 12
+    return words.astype(np.uint8)
 
 
 def unpack_int2(packed: Array, count: int) -> Array:
     """The first `count` numbers -2..1 of pack_int2's bytes, int8."""
-    flat = np.empty(4 * packed.size, np.int8)
-    for n in range(4):
-        flat[n::4] = (packed << (6 - 2 * n)).view(np.int8) >> 6
-    return flat[:count]
+    four: Array = FOUR_OF_A_BYTE[packed].view(np.int8)
+    return four[:count]
+
+
+def turned(codes: Array) -> Array:
+    """Columns as rows, a copy: in bands of 64, a cache line of the result, which takes a tenth of the time."""
+    rows, cols = codes.shape
+    out = np.empty((cols, rows), codes.dtype)
+    for band in range(0, rows, 64):
+        out[:, band : band + 64] = codes[band : band + 64].T
+    return out
 
 
 def ternary_weight(name: str, shape: tuple[int, int], dtype: int, read: Callable[[], Codes]) -> list[Weight]:
@@ -59,8 +73,7 @@ def ternary_weight(name: str, shape: tuple[int, int], dtype: int, read: Callable
     def codes() -> Array:
         found = read()
         scales[:] = [found.scale]
-        turned = np.ascontiguousarray(found.codes.T)
-        return pack_int2(turned) if dtype == INT2 else turned
+        return pack_int2(turned(found.codes)) if dtype == INT2 else turned(found.codes)
 
     def scale() -> Array:
         return np.array(scales.pop() if scales else read().scale, np.float32)
@@ -71,8 +84,20 @@ def ternary_weight(name: str, shape: tuple[int, int], dtype: int, read: Callable
 def float_weight(name: str, weight: Tensor) -> Weight:
     """The initializer of a float tensor: a matrix in bf16 where that loses nothing, else f32."""
     if len(weight.shape) == 2 and (weight.dtype == "bf16" or is_bf16(floats_of(weight))):
-        return Weight(name, BFLOAT16, weight.shape, lambda: bf16_bits(floats_of(weight)))
+        return Weight(name, BFLOAT16, weight.shape, lambda: _bf16(weight))
     return Weight(name, FLOAT, weight.shape, lambda: floats_of(weight))
+
+
+def _bf16(weight: Tensor) -> Array:
+    """The bits of a matrix of bf16 numbers, whose f32 form is never there as a whole."""
+    rows, cols = weight.shape
+    out = np.empty((rows, cols), np.uint16)
+    band = max(1, BAND // cols)
+    with ops.no_grad():
+        for first in range(0, rows, band):
+            few = np.arange(first, min(first + band, rows), dtype=np.int32)
+            out[first : first + band] = bf16_bits(ops.embedding(few, weight).numpy())
+    return out
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

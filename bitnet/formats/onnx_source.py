@@ -22,7 +22,7 @@ from bitnet.checkpoint import config_from
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.onnx_export import ALIGN, CONFIG_KEY, DATA_SUFFIX, MODEL_FILE
 from bitnet.formats.onnx_graph import BFLOAT16, BITS, CONSTANT, FLOAT, INT2, INT8
-from bitnet.formats.onnx_model import SCALE, unpack_int2
+from bitnet.formats.onnx_model import SCALE, turned, unpack_int2
 from bitnet.formats.protobuf import Value, fields, numbers
 from bitnet.formats.source import Codes, Floats, Stored
 from bitnet.tokenizer import OWN_FILE, Tokenizer, load_tokenizer
@@ -118,7 +118,7 @@ class OnnxSource:
         codes = data.view(np.int8) if tensor.dtype == INT8 else unpack_int2(data, math.prod(tensor.shape))
         if codes.min() < -1 or codes.max() > 1:
             raise CheckpointError(f"{self.path}: {name} has a code that is not -1, 0 or 1")
-        return Codes(np.ascontiguousarray(codes.reshape(tensor.shape).T), self._scales[name])
+        return Codes(turned(codes.reshape(tensor.shape)), self._scales[name])
 
     def release(self, name: str) -> None:
         """See Source; what was read is a copy."""
@@ -222,9 +222,17 @@ class OnnxSource:
 
     def _bytes(self, tensor: Tensor) -> Array:
         """A copy: initializers inside a message lie at any address."""
-        if tensor.raw is not None:
-            return np.array(np.frombuffer(tensor.raw, np.uint8))
-        return self._data.copy(tensor.offset, tensor.length)
+        if tensor.raw is None:
+            return self._data.copy(tensor.offset, tensor.length)
+        shared = np.frombuffer(tensor.raw, np.uint8)
+        data = np.array(shared)
+        if hasattr(mmap, "MADV_DONTNEED"):  # the pages that are this tensor's alone have no further use
+            start = shared.ctypes.data - np.frombuffer(self._model, np.uint8).ctypes.data
+            begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (start + shared.size) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+            if length > 0:
+                self._model.madvise(mmap.MADV_DONTNEED, begin, length)
+        return data
 
 
 class _Data:
