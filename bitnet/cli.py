@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
     "chat": ("bitnet.chat", "talk with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
+    "lm-eval": ("bitnet.harness", "tasks of the lm-evaluation-harness, beside published results"),
     "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
     "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),
     "bench": ("bitnet.bench", "speed of generation, beside what memory and processor allow"),
