@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
 def find_tasks(wanted: Sequence[str], folder: Path | None) -> tuple[Any, list[str]]:
     """The harness's TaskManager, and names of tasks, each once, with commas, patterns and "paper" taken apart.
 
-    The harness's own tasks, some ten thousand files, are read only for names that `folder` does not have. ConfigError
+    The harness's own tasks, thousands of files, are read only for names that `folder` does not have. ConfigError
     for an unknown name.
     """
     from lm_eval.tasks import TaskManager
