@@ -14,12 +14,13 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bitnet.errors import ConfigError, DataError
+from bitnet.formats import sentencepiece_file
 
 SPECS = ("bytes", "chars", "sentencepiece", "sentencepiece-unigram")
 OWN_FILE = "bitnet_tokenizer.json"
@@ -166,16 +167,33 @@ class CharTokenizer(ByteSpelledTokenizer):
         return _write_json(folder, OWN_FILE, fields)
 
 
+class AddedToken(NamedTuple):
+    """A token behind those of a SentencePiece model; text gives it only if it is not special."""
+
+    id: int
+    text: str
+    special: bool
+
+
 class SentencePieceTokenizer(ByteSpelledTokenizer):
     """A SentencePiece model. Those made by `train` have 0 unknown (never used), 1 bos, 2 eos, every byte, then pieces.
 
     Decoding is done here from the bytes of each piece, not by the library, which would turn a literal U+2581 into a
-    space. Raises DataError if the model cannot be read.
+    space. Published folders may name added tokens beside the model; prefix_once: whether a space that the model puts
+    before a text is put before its beginning only, and not behind each added token as well. Raises DataError if the
+    model cannot be read.
     """
 
     name = "sentencepiece"
 
-    def __init__(self, model: bytes, source: str = "SentencePiece model") -> None:
+    def __init__(
+        self,
+        model: bytes,
+        source: str = "SentencePiece model",
+        added: Sequence[AddedToken] = (),
+        prefix_once: bool = True,
+        chat_template: str | None = None,
+    ) -> None:
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -193,6 +211,55 @@ class SentencePieceTokenizer(ByteSpelledTokenizer):
         space = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         has_bytes = all(processor.is_byte(i) for i in space)
         self._literal = space if has_bytes and not self._adds_space else None
+        self.chat_template = chat_template
+        self.added, self.prefix_once = tuple(added), prefix_once
+        self._add(source)
+
+    @classmethod
+    def load(cls, path: Path) -> SentencePieceTokenizer:
+        """A `.model`, with the added tokens and the chat template that Hugging Face's files beside it name."""
+        if not path.is_file():
+            raise DataError(f"there is no tokenizer at {path}")
+        model = path.read_bytes()
+        size = cls(model, str(path)).vocab_size
+        fields = {
+            name: _read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
+            for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        }
+        config = fields["tokenizer_config.json"]
+        added = _added_tokens(fields["added_tokens.json"], config, fields["special_tokens_map.json"], str(path))
+        behind = [token for token in added if token.id >= size]
+        template = _chat_template(config.get("chat_template"))
+        return cls(model, str(path), behind, config.get("legacy") is not True, template)
+
+    @property
+    def model(self) -> bytes:
+        """The bytes of the `.model` file."""
+        return self._model
+
+    def _add(self, source: str) -> None:
+        """Makes the added tokens known."""
+        self._by_text: dict[str, int] = {}
+        self._added_bytes: dict[int, bytes] = {}
+        texts = [self._processor.id_to_piece(i) for i in range(self.vocab_size)] if self.added else []
+        known = set(texts)
+        for id_, text, special in self.added:
+            if id_ < len(texts) or id_ in self._added_bytes or not text or text in known:
+                raise DataError(f"{source}: the added token {text!r} cannot have the id {id_}")
+            known.add(text)
+            self._added_bytes[id_] = b"" if special else text.encode()
+            if not special:
+                self._by_text[text] = id_
+        self.vocab_size = max([self.vocab_size - 1, *self._added_bytes]) + 1
+        longest = sorted(map(re.escape, self._by_text), key=len, reverse=True)
+        self._split = re.compile("|".join(longest)) if longest else None
+        self._inner = self._processor
+        if longest and self._adds_space and self.prefix_once:
+            self._inner = type(self._processor)(model_proto=sentencepiece_file.without_prefix(self._model))
+
+    def special_tokens(self) -> dict[str, int]:
+        names = {self._processor.id_to_piece(i): i for i in range(len(self._bytes)) if self._processor.is_control(i)}
+        return names | {token.text: token.id for token in self.added if token.special}
 
     @classmethod
     def train(
@@ -239,18 +306,30 @@ class SentencePieceTokenizer(ByteSpelledTokenizer):
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
+        if self._split is None:
+            return self._stretch(text, self._processor)
+        ids: list[int] = []
+        at = 0
+        for found in self._split.finditer(text):
+            ids += self._stretch(text[at : found.start()], self._inner if at else self._processor)
+            ids.append(self._by_text[found[0]])
+            at = found.end()
+        return ids + self._stretch(text[at:], self._inner if at else self._processor)
+
+    def _stretch(self, text: str, processor: Any) -> list[int]:
+        """Ids of text without added tokens."""
         if self._literal is None or SPACE not in text:
-            ids: list[int] = self._processor.encode(text)
+            ids: list[int] = processor.encode(text)
             return ids
         head, *rest = text.split(SPACE)
-        ids = self._processor.encode(head)
+        ids = processor.encode(head)
         for part in rest:
             ids += self._literal
-            ids += self._processor.encode(part)
+            ids += processor.encode(part)
         return ids
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token]
+        return self._bytes[token] if token < len(self._bytes) else self._added_bytes.get(token, b"")
 
     def decode(self, tokens: Iterable[int]) -> str:
         text = super().decode(tokens)
@@ -260,11 +339,25 @@ class SentencePieceTokenizer(ByteSpelledTokenizer):
         return _SpaceStrippingStream(self) if self._adds_space else _ByteStream(self)
 
     def fingerprint(self) -> str:
-        return _sha256(self._model)
+        added = json.dumps([self.added, self.prefix_once]).encode() if self.added else b""
+        return _sha256(self._model + added)
 
     def save(self, folder: str | Path) -> list[str]:
         (Path(folder) / "tokenizer.model").write_bytes(self._model)
-        return ["tokenizer.model"]
+        fields = self.config_fields()
+        return ["tokenizer.model", *(_write_json(folder, "tokenizer_config.json", fields) if fields else [])]
+
+    def config_fields(self) -> dict[str, Any]:
+        """What a tokenizer_config.json has to say for `load` to give this tokenizer again."""
+        fields: dict[str, Any] = {}
+        if self.added:
+            fields["added_tokens_decoder"] = {
+                str(token.id): {"content": token.text, "special": token.special} for token in self.added
+            }
+            fields["legacy"] = not self.prefix_once
+        if self.chat_template is not None:
+            fields["chat_template"] = self.chat_template
+        return fields
 
     def _piece_bytes(self, token: int) -> bytes:
         piece: str = self._processor.id_to_piece(token)
@@ -311,8 +404,8 @@ class FileTokenizer(Tokenizer):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        self._text, self._backend = text, backend
-        self._names = {"bos_token": bos, "eos_token": eos}
+        self.text, self._backend = text, backend
+        self.names = {"bos_token": bos, "eos_token": eos}
         self.chat_template = chat_template
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
@@ -343,7 +436,7 @@ class FileTokenizer(Tokenizer):
     def special_tokens(self) -> dict[str, int]:
         added = self._backend.get_added_tokens_decoder()
         names = {token.content: id_ for id_, token in added.items() if token.special}
-        for name, id_ in zip(self._names.values(), (self.bos_id, self.eos_id), strict=True):
+        for name, id_ in zip(self.names.values(), (self.bos_id, self.eos_id), strict=True):
             if name is not None and id_ is not None:
                 names[name] = id_
         return names
@@ -360,12 +453,12 @@ class FileTokenizer(Tokenizer):
         return _WindowStream(self)
 
     def fingerprint(self) -> str:
-        return _sha256(json.dumps([self._text, self._names]).encode())
+        return _sha256(json.dumps([self.text, self.names]).encode())
 
     def save(self, folder: str | Path) -> list[str]:
-        (Path(folder) / "tokenizer.json").write_bytes(self._text.encode())
+        (Path(folder) / "tokenizer.json").write_bytes(self.text.encode())
         template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        return ["tokenizer.json", *_write_json(folder, "tokenizer_config.json", self._names | template)]
+        return ["tokenizer.json", *_write_json(folder, "tokenizer_config.json", self.names | template)]
 
 
 class _WindowStream:
@@ -409,7 +502,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"there is no tokenizer at {path}")
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path.read_bytes(), str(path))
+        return SentencePieceTokenizer.load(path)
     if path.suffix != ".json":
         raise DataError(f"{path} is no tokenizer: its name should end in .model or .json")
     if path.name != OWN_FILE:
@@ -420,6 +513,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if kind == "chars" and isinstance(characters, str):
         return CharTokenizer(characters, fields.get("separator") is True)
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.load(path.with_name("tokenizer.model"))
     raise DataError(f"{path} describes no tokenizer this version knows: kind {kind!r}")
 
 
@@ -446,6 +541,28 @@ def _stretches(documents: Iterable[str]) -> Iterator[str]:
     for text in documents:
         for part in re.split("[\t\0\u2581\u2585]", text):
             yield from re.findall(r"(?s).{1,4000}(?!\S)|.{1,4000}", part)
+
+
+def _added_tokens(
+    listed: dict[str, Any], config: dict[str, Any], named: dict[str, Any], source: str
+) -> list[AddedToken]:
+    """Of an added_tokens.json ({text: id}) and of a tokenizer_config.json, which knows more and has the last word."""
+    special = set()
+    for value in [*config.values(), *named.values()]:
+        for item in value if isinstance(value, list) else [value]:
+            text = item.get("content") if isinstance(item, dict) else item
+            if isinstance(text, str):
+                special.add(text)
+    described = config.get("added_tokens_decoder", {})
+    try:
+        found = {id_: AddedToken(id_, text, text in special) for text, id_ in listed.items()}
+        for name, fields in described.items():
+            found[int(name)] = AddedToken(int(name), fields["content"], fields.get("special") is True)
+        if not all(isinstance(token.text, str) and type(token.id) is int for token in found.values()):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"the added tokens named beside {source} are not texts and ids") from None
+    return sorted(found.values())
 
 
 def _chat_template(value: Any) -> str | None:
