@@ -212,7 +212,8 @@ class SentencePieceTokenizer(ByteSpelledTokenizer):
         has_bytes = all(processor.is_byte(i) for i in space)
         self._literal = space if has_bytes and not self._adds_space else None
         self.chat_template = chat_template
-        self.added, self.prefix_once = tuple(added), prefix_once
+        loose = any(not token.special for token in added)
+        self.added, self.prefix_once = tuple(added), prefix_once or not (loose and self._adds_space)
         self._add(source)
 
     @classmethod
@@ -432,6 +433,16 @@ class FileTokenizer(Tokenizer):
         if file.is_file():
             template = _read_text(file)
         return cls(_read_text(path), names[0], names[1], str(path), template)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id by its spelling."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
+    def is_one_stretch(self, text: str) -> bool:
+        """Whether text is merged as a whole: it is not split before."""
+        splitter = self._backend.pre_tokenizer
+        return splitter is None or len(splitter.pre_tokenize_str(text)) == 1
 
     def special_tokens(self) -> dict[str, int]:
         added = self._backend.get_added_tokens_decoder()
