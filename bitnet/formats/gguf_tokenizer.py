@@ -27,7 +27,7 @@ from bitnet.errors import CheckpointError, ConfigError, DataError
 from bitnet.formats import sentencepiece_file
 from bitnet.formats.gguf_file import Value
 from bitnet.formats.hf_tokenizer import END, bpe, byte_letters, byte_level, formable, tokenizer_json
-from bitnet.formats.sentencepiece_file import Kind, Piece
+from bitnet.formats.sentencepiece_file import Kind, Piece, Settings
 from bitnet.tokenizer import (
     SPACE,
     AddedToken,
@@ -178,18 +178,10 @@ def _sentencepiece_metadata(tokenizer: SentencePieceTokenizer, vocab_size: int) 
         pieces += [Piece(f"[PAD{i}]", 0.0, Kind.UNUSED) for i in range(len(pieces), token.id)]
         pieces.append(Piece(token.text, 0.0, Kind.CONTROL if token.special else Kind.USER_DEFINED))
     cut = [piece.text for piece in pieces if piece.kind == Kind.USER_DEFINED]
-    reason = None
-    if settings.model_type != "bpe":
-        reason = f"llama.cpp merges pieces by score, which for a {settings.model_type} model gives other ids"
-    elif settings.charsmap or settings.remove_extra_whitespaces:
-        reason = "it rewrites text before it looks for pieces"
-    elif settings.space_behind or not settings.escape_whitespaces:
-        reason = "it does not put spaces before words"
-    elif not settings.byte_fallback:
-        reason = "it has no bytes for characters it does not know"
-    elif settings.add_dummy_prefix and cut:
+    reason = _unsayable(settings)
+    if reason is None and settings.add_dummy_prefix and cut:
         reason = f"llama.cpp would put a space behind {cut[0]!r}"
-    elif any(piece.kind == Kind.UNUSED for piece in pieces[:size]):
+    if any(piece.kind == Kind.UNUSED for piece in pieces[:size]):
         reason = "it has unused pieces"
     if reason is not None:
         raise ConfigError(f"this SentencePiece model has no form in GGUF: {reason}")
@@ -212,9 +204,23 @@ def _sentencepiece_metadata(tokenizer: SentencePieceTokenizer, vocab_size: int) 
     found |= {"scores": Value("[f32]", scores), "add_space_prefix": Value("bool", settings.add_dummy_prefix)}
     unknown = [i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN]
     found |= {"unknown_token_id": Value("u32", unknown[0])} if unknown else {}
-    own = {"sentencepiece": Value("[u8]", list(others)), "pieces": Value("u32", size)}
-    own |= {"control": Value("[str]", names)} if changed else {}
+    own = {"control": Value("[str]", names)} if changed else {}
+    if sentencepiece_file.is_plain(others):
+        own |= {"sentencepiece": Value("[u8]", list(others)), "pieces": Value("u32", size)}
     return _named(found, tokenizer) | {OWN + name: value for name, value in own.items()}
+
+
+def _unsayable(settings: Settings) -> str | None:
+    """Why the settings of a SentencePiece model cannot be said in GGUF."""
+    if settings.model_type != "bpe":
+        return f"llama.cpp merges pieces by score, which for a {settings.model_type} model gives other ids"
+    if settings.charsmap or settings.remove_extra_whitespaces:
+        return "it rewrites text before it looks for pieces"
+    if settings.space_behind or not settings.escape_whitespaces:
+        return "it does not put spaces before words"
+    if not settings.byte_fallback:
+        return "it has no bytes for characters it does not know"
+    return None
 
 
 def _check_cut(texts: Iterable[str]) -> None:
@@ -244,7 +250,7 @@ def tokenizer_of(metadata: Metadata, path: Path) -> Tokenizer | None:
         raise CheckpointError(f"{path}: its tokenizer is of the kind {model!r}, which this version does not read")
     try:
         return makers[model](reader)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, UnicodeError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be made: {error}") from None
 
 
@@ -399,6 +405,7 @@ def _sentencepiece_tokenizer(reader: _Reader) -> Tokenizer:
         raise reader.wrong(GGML + "scores", "is missing")
     if not all(math.isfinite(score) for score in scores):
         raise reader.wrong(GGML + "scores", "has one that is no number")
+    bos, eos, unknown, padding = (reader.token(name, len(tokens)) for name in ("bos", "eos", "unknown", "padding"))
     control = reader.array(OWN + "control", "str", size=sum(kind == Kind.CONTROL for _, kind in tokens))
     names = iter(control or [])
     pieces = []
@@ -411,14 +418,17 @@ def _sentencepiece_tokenizer(reader: _Reader) -> Tokenizer:
             raise reader.wrong(GGML + "tokens", f"has {text!r} for a byte")
         if not text or "\0" in text:
             raise reader.wrong(GGML + "tokens", f"has {text!r} for the token {i}")
+        if kind == Kind.NORMAL and i in (bos, eos):
+            kind = Kind.CONTROL
         pieces.append(Piece(text, scores[i], kind))
-    bos, eos, unknown, padding = (reader.token(name, len(pieces)) for name in ("bos", "eos", "unknown", "padding"))
+    if sum(piece.kind == Kind.UNKNOWN for piece in pieces) != 1:
+        raise reader.wrong(GGML + "token_type", "should say of one token that it is the unknown one")
     spaced = reader.flag("add_space_prefix", True)
     own = reader.array(OWN + "sentencepiece", "u8")
     if own is not None:
         others = bytes(own)
         said = sentencepiece_file.settings(others)
-        if sentencepiece_file.parse(others)[0] or said.model_type != "bpe" or said.add_dummy_prefix != spaced:
+        if not sentencepiece_file.is_plain(others) or _unsayable(said) or said.add_dummy_prefix != spaced:
             raise reader.wrong(OWN + "sentencepiece", "contradicts the other keys")
         count = reader._value(OWN + "pieces", "u32")
         if count is None or not 0 < count <= len(pieces):

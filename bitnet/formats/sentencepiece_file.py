@@ -69,27 +69,36 @@ def build(pieces: Sequence[Piece], others: bytes) -> bytes:
     return b"".join([*map(_piece_bytes, pieces), others])
 
 
+def is_plain(others: bytes) -> bool:
+    """Whether the fields are the settings of training and normalization, and no more."""
+    return {(field, wire) for field, wire, _, _ in _fields(others)} <= {(2, BYTES), (3, BYTES)}
+
+
 def settings(others: bytes) -> Settings:
     """Reads the fields that are no pieces. Raises DataError."""
-    trainer: dict[int, bytes] = {}
-    normalizer: dict[int, bytes] = {}
-    for field, wire, value, _ in _fields(others):
-        if wire == BYTES and field == 2:
-            trainer |= {number: found for number, _, found, _ in _fields(value)}
-        if wire == BYTES and field == 3:
-            normalizer |= {number: found for number, _, found, _ in _fields(value)}
-    number = _varint_value(trainer.get(3, b"\x01"))
-    if number not in MODEL_TYPES:
-        raise DataError(f"a SentencePiece model of type {number} is unknown")
-    flag = {key: _varint_value(normalizer.get(key, b"\x01")) != 0 for key in (3, 4, 5)}
+    found: dict[tuple[int, int], bytes] = {}  # by message and field; a later one counts
+    wires = {(2, 3): VARINT, (2, 24): VARINT, (2, 35): VARINT} | {(3, number): VARINT for number in (3, 4, 5)}
+    wires[3, 2] = BYTES
+    for message, outer, value, _ in _fields(others):
+        if outer == BYTES and message in (2, 3):
+            for number, wire, inner, _ in _fields(value):
+                if wires.get((message, number)) == wire:
+                    found[message, number] = inner
+
+    def flag(message: int, number: int, default: bool) -> bool:
+        return _varint_value(found[message, number]) != 0 if (message, number) in found else default
+
+    model_type = _varint_value(found.get((2, 3), b"\x01"))
+    if model_type not in MODEL_TYPES:
+        raise DataError(f"a SentencePiece model of type {model_type} is unknown")
     return Settings(
-        MODEL_TYPES[number],
-        _varint_value(trainer.get(35, b"\x00")) != 0,
-        _varint_value(trainer.get(24, b"\x00")) != 0,
-        flag[3],
-        flag[4],
-        flag[5],
-        bool(normalizer.get(2, b"")),
+        MODEL_TYPES[model_type],
+        byte_fallback=flag(2, 35, False),
+        space_behind=flag(2, 24, False),
+        add_dummy_prefix=flag(3, 3, True),
+        remove_extra_whitespaces=flag(3, 4, True),
+        escape_whitespaces=flag(3, 5, True),
+        charsmap=bool(found.get((3, 2), b"")),
     )
 
 
