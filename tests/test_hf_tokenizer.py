@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import SOURCE, TEXT, make_file_tokenizer, make_spaced_model
 
-from bitnet.errors import DataError
+from bitnet.errors import ConfigError, DataError
+from bitnet.formats import sentencepiece_file
 from bitnet.formats.hf_tokenizer import byte_letters, save_hf_tokenizer
+from bitnet.formats.sentencepiece_file import Kind, Piece
 from bitnet.tokenizer import (
     AddedToken,
     ByteTokenizer,
@@ -112,3 +115,36 @@ def test_the_letters_of_bytes_are_those_of_gpt2() -> None:
     assert set(byte_letters()) == set(ByteLevel.alphabet())
     spelled = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("a \n\u00e9\u0101")
     assert "".join(byte_letters()[byte] for byte in "a \n\u00e9\u0101".encode()) == spelled[0][0]
+
+
+def with_pieces(model: bytes, change: dict[int, Piece]) -> SentencePieceTokenizer:
+    pieces, others = sentencepiece_file.parse(model)
+    for i, piece in change.items():
+        pieces[i] = piece
+    return SentencePieceTokenizer(sentencepiece_file.build(pieces, others))
+
+
+def test_models_that_cannot_be_exact_are_refused(tmp_path: Path) -> None:
+    def refuse(tokenizer: Tokenizer, match: str) -> None:
+        with pytest.raises(ConfigError, match=f"no tokenizer.json with the same ids: .*{match}"):
+            save_hf_tokenizer(tokenizer, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    model = SentencePieceTokenizer.train([SOURCE], 700).model
+    pieces, _ = sentencepiece_file.parse(model)
+    last = next(i for i in reversed(range(700)) if len(pieces[i].text) > 1)
+    refuse(SentencePieceTokenizer.train([SOURCE], 700, "unigram"), "it is a unigram model")
+    refuse(with_pieces(model, {last: Piece("zqzq", -900.0, Kind.UNUSED)}), "unused pieces")
+    refuse(with_pieces(model, {last: Piece("zqzq", pieces[last - 1].score, Kind.NORMAL)}), "one score")
+    refuse(with_pieces(model, {last: Piece("\u00e9\u00e8", -900.0, Kind.NORMAL)}), "a character that is no piece")
+    refuse(with_pieces(model, {last: Piece("zqzq", float("nan"), Kind.NORMAL)}), "no number")
+    size = SentencePieceTokenizer(make_spaced_model()).vocab_size
+    refuse(SentencePieceTokenizer(make_spaced_model(), added=[AddedToken(size, "x", False)]), "changes the spaces")
+
+
+def test_a_chat_template_stays(tmp_path: Path) -> None:
+    tokenizer = SentencePieceTokenizer(make_spaced_model(), chat_template="{{ bos_token }}{{ messages[0].content }}")
+    save_hf_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs.chat_template == tokenizer.chat_template

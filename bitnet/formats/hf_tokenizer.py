@@ -42,41 +42,38 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
     Raises ConfigError, naming the reason, for a SentencePiece model that tokenizer.json cannot say exactly.
     """
-    own: Json | None = None
-    names: dict[str, str | None] = {"bos_token": None, "eos_token": None}
-    config: Json = {}
     files = []
     if isinstance(tokenizer, FileTokenizer):
-        text, names = tokenizer.text, dict(tokenizer.names)
+        text, config = tokenizer.text, dict(tokenizer.names)
     else:
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            written, config, own = sentencepiece_json(tokenizer), tokenizer.config_fields(), {"kind": tokenizer.name}
-            by_id: dict[int | None, str] = {id_: name for name, id_ in tokenizer.special_tokens().items()}
-            names = {"bos_token": by_id.get(tokenizer.bos_id), "eos_token": by_id.get(tokenizer.eos_id)}
-            (folder / "tokenizer.model").write_bytes(tokenizer.model)
-            files.append("tokenizer.model")
-        elif isinstance(tokenizer, ByteTokenizer | CharTokenizer):
-            written = bytes_json() if isinstance(tokenizer, ByteTokenizer) else chars_json(tokenizer)
-            if tokenizer.eos_id is not None:
-                names["eos_token"] = END
-            files += tokenizer.save(folder)
-        else:
-            raise ConfigError(f"a tokenizer of type {type(tokenizer).__name__} has no tokenizer.json")
+        written, config = _written(tokenizer)
         text = json.dumps(written, ensure_ascii=False)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            (folder / "tokenizer.model").write_bytes(tokenizer.model)
+            _write(folder / OWN_FILE, {"kind": tokenizer.name})
+            files = ["tokenizer.model", OWN_FILE]
+        else:
+            files = tokenizer.save(folder)
     (folder / "tokenizer.json").write_bytes(text.encode())
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **names,
-        **config,
-    }
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
-    _write(folder / "tokenizer_config.json", config)
-    if own is not None:
-        _write(folder / OWN_FILE, own)
-        files.append(OWN_FILE)
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    _write(folder / "tokenizer_config.json", plain | config)
     return [*files, "tokenizer.json", "tokenizer_config.json"]
+
+
+def _written(tokenizer: Tokenizer) -> tuple[Json, Json]:
+    """The tokenizer.json, and fields of the tokenizer_config.json."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        by_id: dict[int | None, str] = {id_: name for name, id_ in tokenizer.special_tokens().items()}
+        names = {"bos_token": by_id.get(tokenizer.bos_id), "eos_token": by_id.get(tokenizer.eos_id)}
+        return sentencepiece_json(tokenizer), names | tokenizer.config_fields()
+    names = {"bos_token": None, "eos_token": None if tokenizer.eos_id is None else END}
+    if isinstance(tokenizer, ByteTokenizer):
+        return bytes_json(), names
+    if isinstance(tokenizer, CharTokenizer):
+        return chars_json(tokenizer), names
+    raise ConfigError(f"a tokenizer of type {type(tokenizer).__name__} has no tokenizer.json")
 
 
 def byte_letters() -> list[str]:
