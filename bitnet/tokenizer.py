@@ -15,7 +15,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -383,7 +383,8 @@ class _SpaceStrippingStream(_ByteStream):
 class FileTokenizer(Tokenizer):
     """A `tokenizer.json`; bos and eos are named by the `tokenizer_config.json` beside it, or by the caller.
 
-    Added tokens marked special are ordinary text to `encode`, and nothing to `decode`.
+    Added tokens marked special are ordinary text to `encode`, and nothing to `decode`: a name that the library would
+    take for its token all the same is encoded in two parts.
     """
 
     name = "file"
@@ -417,6 +418,11 @@ class FileTokenizer(Tokenizer):
                 raise DataError(f"{source} has no token {name!r}, which its configuration names")
         self.bos_id = None if bos is None else vocabulary[bos]
         self.eos_id = None if eos is None else vocabulary[eos]
+        # Names that the library would make their tokens of, special or not: whole words of the vocabulary.
+        leaks = [name for name, id_ in self.special_tokens().items() if id_ in self._ids(name)]
+        if short := [name for name in leaks if len(name) < 2]:
+            raise DataError(f"{source} has the special token {short[0]!r}, which any text may hold")
+        self._leaks = re.compile(f"(?={'|'.join(map(re.escape, leaks))})") if leaks else None
 
     @classmethod
     def load(cls, path: Path) -> FileTokenizer:
@@ -453,6 +459,12 @@ class FileTokenizer(Tokenizer):
         return names
 
     def encode(self, text: str) -> list[int]:
+        if self._leaks is None:
+            return self._ids(text)
+        cuts = [0, *(found.start() + 1 for found in self._leaks.finditer(text)), len(text)]
+        return [id_ for begin, end in pairwise(cuts) for id_ in self._ids(text[begin:end])]
+
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -391,12 +391,19 @@ def test_a_missing_byte_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
     refused(metadata, "none for the byte 0x61", tokens=Value("[str]", tokens), merges=Value("[str]", []))
 
 
-def test_special_tokens_that_text_would_become_are_refused(tokenizers: dict[str, Tokenizer]) -> None:
+def test_a_word_that_a_file_calls_special_comes_out_of_no_text(tokenizers: dict[str, Tokenizer]) -> None:
     metadata = metadata_of(tokenizers["llama3"], 2000)
     tokens, kinds = metadata[GGML + "tokens"].value, list(metadata[GGML + "token_type"].value)
     word = next(text for text in tokens if text.isascii() and text.isalpha() and len(text) > 2)
-    kinds[tokens.index(word)] = 3
-    refused(metadata, f"{word!r}, which typed text would become", token_type=Value("[i32]", kinds))
+    id_ = tokens.index(word)
+    assert tokenizers["llama3"].encode(word) == [id_]
+    kinds[id_] = 3
+    found = of(changed(metadata, token_type=Value("[i32]", kinds)))
+    text = f"{word} {word}{word} x{word}"
+    assert id_ not in found.encode(text)
+    assert found.decode(found.encode(text)) == text
+    kinds[tokens.index("a")] = 3
+    refused(metadata, "'a', which any text may hold", token_type=Value("[i32]", kinds))
 
 
 def test_pieces_that_are_wrong_are_refused(tokenizers: dict[str, Tokenizer]) -> None:

@@ -240,6 +240,22 @@ def test_file_tokenizer_reads_its_special_tokens(tokenizers: dict[str, Tokenizer
     assert (tokenizers["file"].bos_id, tokenizers["file"].eos_id) == (0, 2)
 
 
+def test_special_names_that_are_words_come_out_of_no_text() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    vocabulary = {letter: i for i, letter in enumerate([*sorted(ByteLevel.alphabet()), "end", "aa"])}
+    backend = Backend(BPE(vocabulary, [], ignore_merges=True))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.add_special_tokens(["end", "aa"])
+    tokenizer = FileTokenizer(backend.to_str(), eos="end")
+    for text in ("end", "end end", "endend", "aa", "aaa", "aaaa aa", "bend"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(tokenizer.special_tokens().values())
+        assert len(ids) == len(text)
+
+
 def test_load_refusals(tmp_path: Path) -> None:
     def refuse(path: Path, match: str) -> None:
         with pytest.raises(DataError, match=match):

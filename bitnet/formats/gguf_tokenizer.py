@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _tokens(tokens: Sequence[Token], vocab_size: int, ending: str = "") -> dict[
     padding = [f"[PAD{i}]{ending}" for i in range(len(tokens), vocab_size)]
     texts = [text for text, _ in tokens] + padding
     if len(set(texts)) < len(texts):
-        twice = next(text for i, text in enumerate(texts) if text in texts[:i])
+        twice, _ = Counter(texts).most_common(1)[0]
         raise ConfigError(f"two tokens are spelled {twice!r}, which GGUF cannot tell apart")
     kinds = [int(kind) for _, kind in tokens] + [int(Kind.UNUSED)] * len(padding)
     return {"tokens": Value("[str]", texts), "token_type": Value("[i32]", kinds)}
@@ -186,15 +187,15 @@ def _sentencepiece_metadata(tokenizer: SentencePieceTokenizer, vocab_size: int) 
     if reason is not None:
         raise ConfigError(f"this SentencePiece model has no form in GGUF: {reason}")
     _check_cut(cut)
-    texts = {piece.text for piece in pieces}
-    letters = {letter for text in texts for letter in text}
+    symbols = {piece.text for piece in pieces}
+    symbols |= {letter for text in symbols for letter in text}
     names = [piece.text for piece in pieces if piece.kind == Kind.CONTROL]
     tokens, changed = [], False
     for piece in pieces:
         text = piece.text
         if piece.kind == Kind.USER_DEFINED:
             text = text.replace(SPACE, " ")
-        elif piece.kind != Kind.NORMAL and formable(text, texts | letters):
+        elif piece.kind != Kind.NORMAL and formable(text, symbols):
             if piece.kind != Kind.CONTROL:
                 raise ConfigError(f"llama.cpp would make {text!r}, which is no text, of pieces that are typed")
             text, changed = text + UNTYPED, True
@@ -259,6 +260,7 @@ class _Reader:
 
     def __init__(self, metadata: Metadata, path: Path) -> None:
         self._metadata, self.path = metadata, path
+        self.size = 0  # tokens with the unused ones, once they are read
 
     def wrong(self, key: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {key} {why}")
@@ -289,9 +291,12 @@ class _Reader:
 
     def token(self, name: str, count: int) -> int | None:
         """An id below count."""
-        found = self._value(f"{GGML}{name}_token_id", *INTEGERS)
-        if found is not None and not 0 <= found < count:
-            raise self.wrong(f"{GGML}{name}_token_id", f"{found} is outside 0..{count - 1}")
+        return self.number(f"{GGML}{name}_token_id", 0, count - 1)
+
+    def number(self, key: str, least: int, most: int) -> int | None:
+        found = self._value(key, *INTEGERS)
+        if found is not None and not least <= found <= most:
+            raise self.wrong(key, f"{found} is outside {least}..{most}")
         return None if found is None else int(found)
 
     def tokens(self) -> list[Token]:
@@ -299,6 +304,7 @@ class _Reader:
         texts = self.array(GGML + "tokens", "str")
         if not texts:
             raise self.wrong(GGML + "tokens", "is missing or empty")
+        self.size = len(texts)
         types = self.array(GGML + "token_type", "i32", "u32", size=len(texts)) or [1] * len(texts)
         for i, number in enumerate(types):
             if not 1 <= number <= len(Kind):
@@ -321,7 +327,6 @@ class _Reader:
 
 
 def _merging_tokenizer(reader: _Reader) -> Tokenizer:
-    size = len(reader.array(GGML + "tokens", "str") or ())
     tokens = reader.tokens()
     merges = reader.array(GGML + "merges", "str") or []
     bos, eos, eot = (reader.token(name, len(tokens)) for name in ("bos", "eos", "eot"))
@@ -329,7 +334,7 @@ def _merging_tokenizer(reader: _Reader) -> Tokenizer:
     if texts == [*byte_letters(), END] and not merges and eos == ByteTokenizer.eos_id:
         return ByteTokenizer()
     way = reader.text(GGML + "pre")
-    if way is None and size == LLAMA_3_SIZE:
+    if way is None and reader.size == LLAMA_3_SIZE:
         way = "llama-bpe"
     way = ALIASES.get(way or "", way)
     if way not in WAYS:
@@ -363,17 +368,13 @@ def _merging_tokenizer(reader: _Reader) -> Tokenizer:
         decoder=byte_level(use_regex=True),
         bos=None if bos is None else (texts[bos], bos),
     )
-    made = FileTokenizer(
+    return FileTokenizer(
         json.dumps(fields, ensure_ascii=False),
         None if bos is None else texts[bos],
         None if eos is None else texts[eos],
         str(reader.path),
         reader.template(),
     )
-    for name, id_ in made.special_tokens().items():
-        if id_ in made.encode(name):
-            raise reader.wrong(GGML + "tokens", f"has the special token {name!r}, which typed text would become")
-    return made
 
 
 def _first_of_tail(ids: Sequence[int], count: int) -> int:
@@ -399,8 +400,7 @@ def _pairs(reader: _Reader, merges: Sequence[str], vocab: Mapping[str, int]) -> 
 
 def _sentencepiece_tokenizer(reader: _Reader) -> Tokenizer:
     tokens = reader.tokens()
-    size = len(reader.array(GGML + "tokens", "str") or ())
-    scores = reader.array(GGML + "scores", "f32", size=size)
+    scores = reader.array(GGML + "scores", "f32", size=reader.size)
     if scores is None:
         raise reader.wrong(GGML + "scores", "is missing")
     if not all(math.isfinite(score) for score in scores):
@@ -430,9 +430,7 @@ def _sentencepiece_tokenizer(reader: _Reader) -> Tokenizer:
         said = sentencepiece_file.settings(others)
         if not sentencepiece_file.is_plain(others) or _unsayable(said) or said.add_dummy_prefix != spaced:
             raise reader.wrong(OWN + "sentencepiece", "contradicts the other keys")
-        count = reader._value(OWN + "pieces", "u32")
-        if count is None or not 0 < count <= len(pieces):
-            raise reader.wrong(OWN + "pieces", f"{count} is outside 1..{len(pieces)}")
+        count = reader.number(OWN + "pieces", 1, len(pieces)) or len(pieces)
     else:
         if not reader.flag("add_bos_token", True):
             bos = None
