@@ -61,7 +61,7 @@ def llama3_tokenizer(text: str, folder: Path | None = None, chat_template: str |
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator([text], trainer)
+    backend.train_from_iterator([text, "1234 1999 " * 50], trainer)
     # Words no merges lead to: only ignore_merges gives them.
     fields = json.loads(backend.to_str())
     for word in ("\u0120qzx", "wqjk"):

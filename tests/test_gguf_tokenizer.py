@@ -38,7 +38,7 @@ from bitnet.tokenizer import (
 
 LLAMA_PYTHON = os.environ.get("LLAMA_PYTHON", sys.executable)
 PATH = Path("model.gguf")
-NAMES = ["bytes", "chars", "chars+end", "llama3", "gpt2", "bpe", "html", "llama2", "paper"]
+NAMES = ["bytes", "chars", "chars+end", "llama3", "smaug", "qwen2", "gpt2", "bpe", "html", "llama2", "paper"]
 CHARACTERS = "".join(sorted({letter for text in nasty_texts() for letter in text} | set("\\\t\x7f")))
 ASK = """
 import ctypes, json, sys
@@ -109,11 +109,15 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     llama2 = llama2_model()
     size = SentencePieceTokenizer(llama2).vocab_size
     paper = [AddedToken(size, "<pad>", True), AddedToken(size + 1, "</line>", True)]
+    llama3 = llama3_tokenizer(SOURCE)
+    merged = llama3.text.replace('"ignore_merges":true', '"ignore_merges":false')
     return {
+        "smaug": FileTokenizer(merged, BOS, EOS),
+        "qwen2": FileTokenizer(merged.replace("{N}{1,3}", "{N}"), BOS, EOS),
         "bytes": ByteTokenizer(),
         "chars": CharTokenizer(CHARACTERS),
         "chars+end": CharTokenizer(CHARACTERS, separator=True),
-        "llama3": llama3_tokenizer(SOURCE),
+        "llama3": llama3,
         "gpt2": make_file_tokenizer(tmp_path_factory.mktemp("gpt2")),
         "bpe": SentencePieceTokenizer.train([SOURCE], 700),
         "html": SentencePieceTokenizer(html_model()),
@@ -176,6 +180,13 @@ def test_llama_cpp_gives_the_same_ids(tokenizers: dict[str, Tokenizer], tmp_path
         for id_, piece in enumerate(answer["pieces"][: tokenizer.vocab_size]):
             ours = tokenizer.token_bytes(id_) if hasattr(tokenizer, "token_bytes") else None
             assert ours in (None, b"\xef\xbf\xbd", bytes.fromhex(piece)), (name, id_)
+
+
+def test_ways_of_splitting_have_their_names(tokenizers: dict[str, Tokenizer]) -> None:
+    ways = {"llama3": "llama-bpe", "smaug": "smaug-bpe", "qwen2": "qwen2", "gpt2": "gpt-2", "bytes": "gpt-2"}
+    for name, way in ways.items():
+        assert metadata_of(tokenizers[name], 2000)[GGML + "pre"].value == way
+    assert len({tuple(tokenizers[name].encode(" qzx 1234")) for name in ("llama3", "smaug", "qwen2")}) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -200,7 +200,9 @@ def _sentencepiece_metadata(tokenizer: SentencePieceTokenizer, vocab_size: int) 
                 raise ConfigError(f"llama.cpp would make {text!r}, which is no text, of pieces that are typed")
             text, changed = text + UNTYPED, True
         tokens.append((text, piece.kind))
-    found = {"model": Value("str", "llama"), "pre": Value("str", "default"), **_tokens(tokens, vocab_size)}
+    padding = any(formable(f"[PAD{i}]", symbols) for i in range(len(pieces), vocab_size))
+    found = {"model": Value("str", "llama"), "pre": Value("str", "default")}
+    found |= _tokens(tokens, vocab_size, UNTYPED if padding else "")
     scores = [piece.score for piece in pieces] + [0.0] * (vocab_size - len(pieces))
     found |= {"scores": Value("[f32]", scores), "add_space_prefix": Value("bool", settings.add_dummy_prefix)}
     unknown = [i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN]
