@@ -450,7 +450,7 @@ def test_mutations_of_a_valid_file(path: Path, monkeypatch: pytest.MonkeyPatch) 
     for at in range(header):
         for byte in (data[at] ^ 1 << at % 8, 0xFF):
             read += try_bytes(data[:at] + bytes([byte]) + data[at + 1 :])
-    for _ in range(1500):
+    for _ in range(5000):
         a, b, c = sorted(rng.integers(0, header, 3))
         pieces = [data[:a], data[a:b], data[b:c], data[c:]]
         kind = rng.integers(4)
