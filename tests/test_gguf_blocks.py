@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bitnet.formats import gguf_blocks, gguf_types
 from bitnet.formats.gguf_blocks import codes_among, decode, decode_codes, encode, encode_codes
-from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q6_K, Q8_0, TQ1_0, TQ2_0, TensorType
+from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q4_K, Q6_K, Q8_0, TQ1_0, TQ2_0, TensorType
 
 EXAMPLE = np.array([(i * i + i // 5) % 3 - 1 for i in range(256)], np.int8)  # with scale 0.5
 PUBLISHED = [
@@ -95,12 +95,13 @@ def test_q8_0_blocks_are_those_of_gguf_py() -> None:
     np.testing.assert_array_equal(decode(Q8_0, memoryview(theirs).cast("B")), wanted.reshape(-1))
 
 
-def test_q6_k_values_are_those_of_gguf_py() -> None:
+@pytest.mark.parametrize(("kind", "halves"), [(Q4_K, (1, 3)), (Q6_K, (209,))], ids=["q4_k", "q6_k"])
+def test_values_are_those_of_gguf_py(kind: TensorType, halves: tuple[int, ...]) -> None:
     quants = pytest.importorskip("gguf.quants")
-    blocks = np.random.default_rng(0).integers(0, 256, (300, 210)).astype(np.uint8)
-    blocks[:, -1] &= 0x3B  # d is a number
-    wanted = quants.dequantize(blocks, quants.GGMLQuantizationType.Q6_K)
-    np.testing.assert_array_equal(decode(Q6_K, memoryview(blocks.reshape(-1))), wanted.reshape(-1))
+    blocks = np.random.default_rng(0).integers(0, 256, (300, kind.bytes)).astype(np.uint8)
+    blocks[:, halves] &= 0x3B  # a number
+    wanted = quants.dequantize(blocks, quants.GGMLQuantizationType[kind.name])
+    np.testing.assert_array_equal(decode(kind, memoryview(blocks.reshape(-1))), wanted.reshape(-1))
 
 
 @pytest.mark.parametrize("kind", [F32, F16, BF16], ids=lambda kind: kind.name)

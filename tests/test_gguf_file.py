@@ -320,7 +320,7 @@ def test_numbers_of_dimensions(tmp_path: Path) -> None:
 def test_types_of_tensors_that_are_unknown_or_gone(tmp_path: Path) -> None:
     for kind in (4, 5, 31, 250, 2**32 - 1):
         refused(tmp_path / "x", raw.file([], [raw.info("t", [256], kind)], bytes(512)), f"t has unknown type {kind};")
-    for kind, name in {2: "Q4_0", 12: "Q4_K", 39: "TL2", 135: "IQ2_BN"}.items():
+    for kind, name in {2: "Q4_0", 13: "Q5_K", 39: "TL2", 135: "IQ2_BN"}.items():
         refused(tmp_path / "x", raw.file([], [raw.info("t", [256], kind)], bytes(512)), f"t has the type {name}")
 
 

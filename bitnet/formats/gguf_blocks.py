@@ -2,6 +2,7 @@
 
     F32, F16, BF16    a number each
     Q8_0              32 values: f16 d, then 32 i8; a value is d * i8
+    Q4_K              256 values: f16 d, f16 m, eight scales and minima of six bits each, four bits of each; read only
     Q6_K              256 values: low four bits of each, high two, sixteen i8 scales, f16 d; read only
     TQ2_0             256 codes, four a byte (two_bits.py), then f16 d
     TQ1_0             256 codes, five a byte and the last sixteen four a byte, then f16 d
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from bitnet.formats import two_bits
-from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q6_K, Q8_0, TQ2_0, TensorType
-from bitnet.formats.weights import bf16_bits, bf16_values
+from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q4_K, Q6_K, Q8_0, TQ2_0, TensorType
+from bitnet.formats.weights import bf16_bits, bf16_values, is_bf16
 
 Array = np.ndarray[Any, Any]
 VALUES = 1 << 20  # made of blocks at a time: a few MB of temporary memory
@@ -38,7 +39,7 @@ TQ1_CODES = ((np.arange(256) * 3 ** np.arange(5)[:, None] % 256 * 3 >> 8) - 1).a
 
 
 def decode(kind: TensorType, data: memoryview) -> Array:
-    """Bytes of F32, F16, BF16, Q8_0 or Q6_K -> f32, flat; of F32 where they lie."""
+    """Bytes of F32, F16, BF16, Q8_0, Q4_K or Q6_K -> f32, flat; of F32 where they lie."""
     if kind is F32:
         return np.frombuffer(data, SINGLE)
     if kind is F16:
@@ -49,8 +50,19 @@ def decode(kind: TensorType, data: memoryview) -> Array:
     blocks = np.frombuffer(data, np.uint8).reshape(-1, kind.bytes)
     values = np.empty((len(blocks), kind.block), np.float32)
     for some in _pieces(len(blocks), kind):
-        values[some] = {Q8_0: _q8_0_values, Q6_K: _q6_k_values}[kind](blocks[some])
+        values[some] = FROM_BLOCKS[kind](blocks[some])
     return values.reshape(-1)
+
+
+def as_bf16(kind: TensorType, data: memoryview) -> Array | None:
+    """Bytes of F32 or F16 -> the upper halves of bf16, uint16, flat; None if that loses anything."""
+    out = np.empty(len(data) // kind.bytes, np.uint16)
+    for i in range(0, out.size, VALUES):
+        values = decode(kind, data[i * kind.bytes : (i + VALUES) * kind.bytes])
+        if not is_bf16(values):
+            return None
+        out[i : i + VALUES] = values.view(np.uint32) >> 16
+    return out
 
 
 def encode(kind: TensorType, values: Array) -> Array:
@@ -105,6 +117,17 @@ def _q8_0_bytes(blocks: Array) -> Array:
     return np.concatenate([halves.view(np.uint8), codes.view(np.uint8)], 1)
 
 
+def _q4_k_values(blocks: Array) -> Array:
+    d, m = blocks[:, :4].copy().view(HALF).astype(np.float32).T[:, :, None]
+    first, second, third = (blocks[:, 4 * i + 4 : 4 * i + 8] for i in range(3))
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], 1)  # of 32 values each
+    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], 1)
+    codes = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([0, 4], np.uint8)[:, None] & 15
+    with np.errstate(invalid="ignore"):  # an infinite d
+        values = (d * scales)[:, :, None] * codes.reshape(-1, 8, 32) - (m * minima)[:, :, None]
+    return values.reshape(-1, 256)
+
+
 def _q6_k_values(blocks: Array) -> Array:
     low, high = blocks[:, :128].reshape(-1, 2, 1, 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
     scales, d = blocks[:, 192:208].view(np.int8), blocks[:, 208:].copy().view(HALF).astype(np.float32)
@@ -114,6 +137,8 @@ def _q6_k_values(blocks: Array) -> Array:
     with np.errstate(invalid="ignore"):  # an infinite d
         return ((d * scales)[:, :, None] * codes.reshape(-1, 16, 16)).reshape(-1, 256)
 
+
+FROM_BLOCKS = {Q8_0: _q8_0_values, Q4_K: _q4_k_values, Q6_K: _q6_k_values}
 
 # ---- ternary codes --------------------------------------------------------------------------------------------------
 
@@ -183,7 +208,7 @@ def encode_codes(kind: TensorType, codes: Array, scale: float, order: str) -> Ar
 def codes_among(kind: TensorType, data: memoryview) -> tuple[Array, float] | None:
     """Codes and scale of numbers of which each is -s, 0 or s, for one s: exactly. None if they are others.
 
-    data: of F32, F16, BF16, Q8_0 or Q6_K. If all are 0, the scale is 0.
+    data: of F32, F16, BF16, Q8_0, Q4_K or Q6_K. If all are 0, the scale is 0.
     """
     bits = np.frombuffer(data, "<u2") if kind in (F16, BF16) else decode(kind, data).view(np.uint32)
     top = np.array(1 << 8 * bits.itemsize - 1, bits.dtype)  # the sign

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bitnet.errors import CheckpointError, ConfigError
-from bitnet.formats.gguf_blocks import I2_S_GROUPS, block_scales, codes_among, decode, decode_codes
+from bitnet.formats.gguf_blocks import I2_S_GROUPS, as_bf16, block_scales, codes_among, decode, decode_codes
 from bitnet.formats.gguf_config import architecture, config_of
 from bitnet.formats.gguf_file import Entry, GgufFile
 from bitnet.formats.gguf_names import (
@@ -33,9 +33,8 @@ from bitnet.formats.gguf_names import (
     published_name,
     scale_name,
 )
-from bitnet.formats.gguf_types import BF16, F32, I2_S, TERNARY
+from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, TERNARY
 from bitnet.formats.source import Codes, Floats, Reading, Stored
-from bitnet.formats.weights import bf16_bits, is_bf16
 
 Array = np.ndarray[Any, Any]
 AS_THE_FILE_SAYS = Reading()
@@ -53,8 +52,9 @@ class GgufSource:
     def __init__(self, file: GgufFile, reading: Reading) -> None:
         if reading.i2s_order not in I2_S_GROUPS:
             raise ConfigError(f"i2s_order must be one of {', '.join(I2_S_GROUPS)}, not {reading.i2s_order!r}")
-        if reading.linear not in (None, "bitlinear", "linear"):
-            raise ConfigError(f"linear must be bitlinear or linear, not {reading.linear!r}")
+        for name, known in (("linear", ("bitlinear", "linear")), ("hidden_act", ("silu", "relu2"))):
+            if getattr(reading, name) not in (None, *known):
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(reading, name)!r}")
         self.file, self.path, self._order = file, file.path, reading.i2s_order
         self._arch = architecture(file.metadata, self.path)
         self._entries = {published_name(name): entry for name, entry in file.tensors.items()}
@@ -150,6 +150,10 @@ class GgufSource:
         rotated = self._arch == "llama" and is_rotated(name)
         if entry.type is BF16 and not rotated and name not in self._scales:
             return Floats(data, "bf16")
+        if entry.type in (F16, F32) and len(entry.shape) == 2 and not self.is_trainable:
+            halves = as_bf16(entry.type, data)
+            if halves is not None:
+                return Floats(halves, "bf16")
         if entry.type in TERNARY:
             codes, scales = decode_codes(entry.type, data, self._order)
             values = (codes.reshape(len(scales), -1) * scales[:, None]).reshape(-1)
@@ -159,8 +163,6 @@ class GgufSource:
             values = values * np.float32(self._factor(name))
         if rotated:
             return Floats(self._rows(name, values.reshape(entry.shape)))
-        if not self.is_trainable and len(entry.shape) == 2 and entry.type is not F32 and is_bf16(values):
-            return Floats(bf16_bits(values), "bf16")
         return Floats(values)
 
     def _rows(self, name: str, matrix: Array) -> Array:
@@ -175,7 +177,9 @@ class GgufSource:
 
 
 def _one(scales: Array) -> float | None:
-    """The scale that all blocks share which are not zero (then 0); None if there are several."""
+    """The scale that all blocks share but those of 0; None if there are several."""
+    if scales.size == 1:
+        return float(scales[0])
     given = scales[scales != 0]
     if not given.size:
         return 0.0
