@@ -11,6 +11,7 @@ import pytest
 from gguf_models import CONFIGS, SHAPE, copy_of, logits, make_model
 
 from bitnet import BitNetForCausalLM, nn
+from bitnet._core import prepare_ternary
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.gguf_config import metadata_of
 from bitnet.formats.gguf_export import EMBEDDINGS, FULL_PRECISION, WEIGHTS, plan_of, save_gguf
@@ -276,6 +277,11 @@ def test_a_refused_model_leaves_no_file(tmp_path: Path) -> None:
     model = make_model(CONFIGS["ik"])
     with pytest.raises(ConfigError, match=r"llama\.cpp computes silu"):
         save_gguf(model, tmp_path / "x", flavour="llama.cpp")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = prepare_ternary(layer.codes(), 1e-9, "2")
+    with pytest.raises(ConfigError, match=r"up_proj.weight cannot be written: the scale 1e-09 is below what F16 holds"):
+        save_gguf(model, tmp_path / "x", flavour="ik")
+    model = make_model(CONFIGS["ik"])
     model.model.embed_tokens.weight.copy_(np.full(model.model.embed_tokens.weight.shape, 1e6, np.float32))
     with pytest.raises(ConfigError, match=r"x: model.embed_tokens.weight cannot be written: 1e\+06 is beyond .*; f32"):
         save_gguf(model, tmp_path / "x", flavour="ik")

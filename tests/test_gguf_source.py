@@ -22,7 +22,7 @@ from bitnet.formats.gguf_file import GgufFile, Part, Value, write
 from bitnet.formats.gguf_names import gguf_name, interleaved, is_projection, is_rotated
 from bitnet.formats.gguf_source import open_gguf
 from bitnet.formats.gguf_types import F16, F32, I2_S, Q6_K, Q8_0, TQ2_0
-from bitnet.formats.source import Floats, Reading, assemble
+from bitnet.formats.source import Codes, Floats, Reading, assemble
 
 TOKENS = list(range(0, 96, 7))
 Metadata = dict[str, Value]
@@ -187,6 +187,14 @@ def test_a_block_without_a_scale_is_zeros(files: dict[str, Path], tmp_path: Path
     path = changed(files["llama.cpp"], tmp_path / "x", with_matrix("blk.1.attn_output.weight", TQ2_0, lambda: data))
     kept = dict(assemble(open_gguf(path)).bitlinears())["model.layers.1.self_attn.o_proj"]
     np.testing.assert_array_equal(kept.codes().numpy(), codes)
+
+
+def test_a_matrix_whose_scale_is_zero_is_zeros(files: dict[str, Path], tmp_path: Path) -> None:
+    def edit(metadata: Metadata, parts: Parts) -> None:
+        parts["blk.0.ffn_up.scale"] = replace(parts["blk.0.ffn_up.scale"], make=lambda: np.zeros(1, np.float32))
+
+    found = open_gguf(changed(files["llama.cpp"], tmp_path / "x", edit)).read("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(found, Codes) and not found.codes.any() and found.scale > 0
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,11 @@ def _ternary(layer: nn.BitLinear, plan: Plan, head_dim: int | None, path: Path, 
     try:
         if plan.weights in TERNARY:
             return encode_codes(plan.weights, codes, scale, plan.i2s_order)
+        if plan.weights is F16 and scale <= 2**-25:
+            raise ValueError(f"the scale {scale:g} is below what F16 holds")
         return encode(plan.weights, codes * np.float32(scale))
     except ValueError as error:
-        raise _too_large(path, name, error) from None
+        raise _refusal(path, name, error) from None
 
 
 def _scale(layer: nn.BitLinear) -> Array:
@@ -231,7 +233,7 @@ def _plain(weight: Tensor, kind: TensorType, head_dim: int | None, path: Path, n
             data[at : at + piece.size] = piece
             at += piece.size
     except ValueError as error:
-        raise _too_large(path, name, error) from None
+        raise _refusal(path, name, error) from None
     return data
 
 
@@ -245,5 +247,5 @@ def _pieces(weight: Tensor) -> Iterator[Array]:
             yield ops.embedding(np.arange(i, min(i + ROWS, weight.shape[0])), weight).numpy()
 
 
-def _too_large(path: Path, name: str, error: ValueError) -> BitnetError:
+def _refusal(path: Path, name: str, error: ValueError) -> BitnetError:
     return ConfigError(f"{path}: {name} cannot be written: {error}; f32 holds it")

@@ -121,9 +121,7 @@ class GgufSource:
             if one is None:
                 raise self._refusal(entry, "has blocks with different scales, so it is no ternary matrix; reading it "
                                            "with linear='linear' takes its values as they are")  # fmt: skip
-            if one == 0:  # of every block: whatever the codes, the values are 0
-                codes[:] = 0
-            elif len(scales) > 1:
+            if len(scales) > 1:  # where a block's is 0, so are its values, whatever its codes
                 codes.reshape(len(scales), -1)[scales == 0] = 0
         else:
             found = codes_among(entry.type, data)
@@ -134,6 +132,8 @@ class GgufSource:
         scale = float(np.float32(one) * np.float32(self._factor(name)))
         if not math.isfinite(scale) or scale < 0:
             raise self._refusal(entry, f"has the scale {scale:g}, which is no positive number")
+        if scale == 0:
+            codes[:] = 0
         return codes, scale or 1.0
 
     def _factor(self, name: str) -> float:
