@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet.formats.two_bits import pack, unpack
@@ -43,6 +43,7 @@ def test_published_bytes(codes: np.ndarray, data: bytes, group: int, high_first:
     np.testing.assert_array_equal(unpack(packed, group, high_first), codes.reshape(-1))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.sampled_from([1, 2, 7, 16, 32, 100]), st.booleans(), st.randoms(use_true_random=False))
 def test_what_was_packed_comes_back(groups: int, group: int, high_first: bool, rng: object) -> None:
     codes = np.array([rng.choice((-1, 0, 1)) for _ in range(4 * groups * group)], np.int8)  # type: ignore[attr-defined]
