@@ -19,7 +19,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,14 @@ import numpy as np
 from bitnet.config import BitNetConfig
 from bitnet.durable import sync
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.formats.hf_config import CONFIG, config_json, read_config, read_json
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-CONFIG, WEIGHTS, OPTIMIZER, STATE, SUMS = (
-    "config.json", "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS",
-)  # fmt: skip
+WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 PARTIAL = ".partial-"
-# Fields of config.json that published checkpoints have; the others are this project's and have defaults.
-PUBLISHED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings"
-).split()
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
         folder,
         read_config(folder / CONFIG),
         _read_arrays(folder / WEIGHTS),
-        _read_json(folder / STATE),
+        read_json(folder / STATE),
         tokenizer,
         _read_arrays(folder / OPTIMIZER) if optimizer else None,
     )
@@ -226,39 +220,6 @@ def folder_of(run: str | Path, step: int) -> Path:
     return Path(run, "checkpoints", f"step-{step:08d}")
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------------
-
-
-def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The fields of published BitNet checkpoints, and this project's own."""
-    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **asdict(config)}
-    out |= {"use_cache": True, "torch_dtype": "float32"}
-    if tokenizer is not None:
-        out |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if config.linear == "bitlinear":
-        out["quantization_config"] = {
-            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
-            "use_rms_norm": config.use_rms_norm, "rms_norm_eps": config.rms_norm_eps,
-        }  # fmt: skip
-    return out
-
-
-def read_config(path: Path) -> BitNetConfig:
-    """The model's shape from a config.json. Raises CheckpointError naming the field that is missing or wrong."""
-    return config_from(_read_json(path), path)
-
-
-def config_from(values: dict[str, Any], path: Path) -> BitNetConfig:
-    """The model's shape from the fields of a config.json; path: what an error names."""
-    missing = [name for name in PUBLISHED if name not in values]
-    if missing:
-        raise CheckpointError(f"{path} is not the config of a BitNet model: it has no {', '.join(missing)}")
-    try:
-        return BitNetConfig(**{f.name: values[f.name] for f in fields(BitNetConfig) if f.name in values})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,16 +231,6 @@ def _read_sums(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{folder / SUMS} is damaged: {line[:80]!r} is not a checksum and a file name")
         sums[found[2]] = found[1]
     return sums
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return values
 
 
 def _read_arrays(path: Path) -> Arrays:

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +39,7 @@ import numpy as np
 from bitnet import _core
 from bitnet.durable import whole_file
 from bitnet.errors import CheckpointError
+from bitnet.formats.mapped import is_size, map_file, release, strict_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -89,7 +88,7 @@ class BitnetFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._map = _map(self.path)
+        self._map = map_file(self.path, PREFIX.size, ".bitnet")
         header, begin = self._read_header()
         self.config: dict[str, Any] = header["config"]
         self.provenance: dict[str, str] = header["provenance"]
@@ -116,11 +115,7 @@ class BitnetFile:
 
     def release(self, section: Section) -> None:
         """Takes the section's pages out of this process's memory; who looks at them again has them again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            begin = -(-section.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = section.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
-            if length > 0:
-                self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+        release(self._map, section.offset, section.end)
 
     def fifths(self, section: Section) -> memoryview:
         """The codes of a ternary section, five a byte: shared, or decoded. CheckpointError if they do not decode."""
@@ -157,7 +152,7 @@ class BitnetFile:
         if zlib.crc32(text) != crc32:
             raise self._refusal("its header is damaged: its checksum differs")
         try:
-            header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+            header = strict_json(text)
         except (ValueError, RecursionError) as error:
             raise self._refusal(f"its header is no JSON: {error}") from None
         kinds = {"config": dict, "provenance": dict, "sections": list}
@@ -178,10 +173,10 @@ class BitnetFile:
         unknown = sorted(fields.keys() - Section.__dataclass_fields__.keys())
         if unknown:
             raise self._refusal(f"{name} has an unknown field {unknown[0]!r}")
-        if not isinstance(shape, list) or not 1 <= len(shape) <= 8 or not all(_is_size(d) and d > 0 for d in shape):
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 8 or not all(is_size(d) and d > 0 for d in shape):
             raise self._refusal(f"{name} has no shape of positive sizes, but {shape!r}")
         for key, limit in (("offset", 2**63), ("bytes", 2**63), ("crc32", 2**32)):
-            if not _is_size(fields.get(key)) or fields[key] >= limit:
+            if not is_size(fields.get(key)) or fields[key] >= limit:
                 raise self._refusal(f"{name} has {key} {fields.get(key)!r}, which is no number below {limit}")
         section = Section(name, form, tuple(shape), fields["offset"], fields["bytes"], fields["crc32"], _scale(fields))
         if (section.scale is None) == (form in TERNARY) or (section.scale is None and fields.get("scale") is not None):
@@ -211,24 +206,9 @@ class BitnetFile:
             raise self._refusal(f"its last section ends at {end}, the file at {size}")
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < PREFIX.size:
-                raise CheckpointError(f"{path}: it is no .bitnet file: it has {size} bytes")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
 def bytes_needed(form: str, count: int) -> int | None:
     """Bytes of `count` elements; None where that depends on their values."""
     return {"f32": 4 * count, "bf16": 2 * count, "fifths": -(-count // 5), "bytes": count}.get(form)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _is_file_name(name: str) -> bool:
@@ -248,18 +228,6 @@ def _scale(fields: dict[str, Any]) -> float | None:
     ):
         return None
     return float(value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"a name comes twice: {next(name for name in names if names.count(name) > 1)!r}")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

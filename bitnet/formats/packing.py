@@ -18,9 +18,10 @@ import numpy as np
 
 from bitnet import _core, get_threads, nn
 from bitnet._core import Tensor
-from bitnet.checkpoint import Checkpoint, config_from, config_json
+from bitnet.checkpoint import Checkpoint
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile, Content, Part, file_parts, write
+from bitnet.formats.hf_config import config_from, config_json
 from bitnet.formats.source import Fifths, Floats, Stored, assemble
 from bitnet.formats.weights import bf16_bits, codes_of, floats_of, is_bf16, model_weights
 from bitnet.model import BitNetForCausalLM

@@ -56,6 +56,19 @@ def bf16_bits(values: Array) -> Array:
     return out.reshape(values.shape)
 
 
+def bf16_of(weight: Tensor) -> Array:
+    """The nearest bf16 of a tensor's numbers, as bf16_bits; of a bf16 matrix without all of it in f32."""
+    if weight.dtype != "bf16" or weight.ndim != 2:
+        return bf16_bits(floats_of(weight))
+    out = np.empty(weight.shape, np.uint16)
+    count, step = len(out), max(1, CHUNK // weight.shape[1])
+    for i in range(0, count, step):
+        with ops.no_grad():
+            rows = ops.embedding(np.arange(i, min(i + step, count), dtype=np.int32), weight)
+        out[i : i + step] = bf16_bits(rows.numpy())
+    return out
+
+
 def bf16_values(bits: Array) -> Array:
     """uint16, the upper halves -> f32 of the same shape."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
