@@ -252,7 +252,7 @@ def test_rows_that_are_no_multiple_of_four_are_cropped(tmp_path: Path) -> None:
 
 Tensors = dict[str, np.ndarray]
 DAMAGE: list[tuple[Callable[[Tensors], Any], str]] = [
-    (lambda t: t[Q].__setitem__((0, 3), 0xC0), "q_proj.weight has a byte with the code 3"),
+    (lambda t: t[Q].__setitem__((0, 3), 0xC0), "q_proj.weight cannot be unpacked: byte 3 of its codes is 0xc0"),
     (lambda t: t.update({Q: t[Q][1:]}), r"q_proj.weight has the packed shape \(19, 80\), but \(20, 80\)"),
     (
         lambda t: t.update({Q: np.full((80, 80), 0.5, "f4")}),
@@ -333,7 +333,7 @@ def test_every_damage_is_refused_or_read(tmp_path: Path) -> None:
     good = [path.read_bytes() for path in paths]
     rng = random.Random(3)
     seen = 0
-    for _ in range(500):
+    for _ in range(3000):
         k = rng.randrange(2)
         data = bytearray(good[k])
         at, kind = rng.randrange(len(data)), rng.randrange(8)
@@ -343,6 +343,7 @@ def test_every_damage_is_refused_or_read(tmp_path: Path) -> None:
             data[at:at] = data[rng.randrange(len(data)) :][:40]
         else:
             data[at] ^= 1 << rng.randrange(8)
+        paths[k].unlink()  # some file systems wait for the disk where a file is cut to nothing
         paths[k].write_bytes(data)
         try:
             assemble(open_hf(tmp_path))
@@ -351,8 +352,9 @@ def test_every_damage_is_refused_or_read(tmp_path: Path) -> None:
             pass
         except BitnetError as error:  # pragma: no cover
             pytest.fail(f"{type(error).__name__}: {error}")
+        paths[k].unlink()
         paths[k].write_bytes(good[k])
-    assert 0 < seen < 500
+    assert 0 < seen < 3000
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_counts_without_end_take_no_memory(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_no_such_file(tmp_path: Path) -> None:
     for content, sentence in [
-        (b"", "x.onnx: it is no ONNX file: it is empty"),
+        (b"", "x.onnx: it is no ONNX file: it has 0 bytes"),
         (b"GGUF", "x.onnx: field 8 has the unknown wire type 7"),
         (b"\x89BITNET\n", "x.onnx: "),
         (b"{}", "x.onnx: field 15 has the unknown wire type 3"),

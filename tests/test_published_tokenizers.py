@@ -15,6 +15,7 @@ from test_tokenizer import SOURCE, TEXT, make_file_tokenizer, make_spaced_model,
 
 from bitnet.chat_template import Message, choose, encode
 from bitnet.errors import DataError
+from bitnet.formats.hf_tokenizer import sentencepiece_json
 from bitnet.tokenizer import (
     AddedToken,
     ByteTokenizer,
@@ -205,13 +206,14 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
         "added": SentencePieceTokenizer(model, added=[AddedToken(size, "\u65e5</line>", False)]),
         "gpt2": make_file_tokenizer(tmp_path_factory.mktemp("gpt2")),
         "llama3": llama3_tokenizer(SOURCE),
+        "json": FileTokenizer(json.dumps(sentencepiece_json(SentencePieceTokenizer(model))), "<s>", "</s>"),
     }
 
 
-STREAMED = pytest.mark.parametrize("name", ["bytes", "chars", "bpe", "unigram", "llama2", "added", "gpt2", "llama3"])
+WAYS = ["bytes", "chars", "bpe", "unigram", "llama2", "added", "gpt2", "llama3", "json"]
 
 
-@STREAMED
+@pytest.mark.parametrize("name", WAYS)
 def test_streams_give_whole_characters_wherever_they_are_cut(every: dict[str, Tokenizer], name: str) -> None:
     tokenizer = every[name]
     for text in nasty_texts(15):
@@ -222,12 +224,15 @@ def test_streams_give_whole_characters_wherever_they_are_cut(every: dict[str, To
             assert text.startswith(out), (text, count)  # so no U+FFFD, which these texts do not have
             cut = tokenizer.decode_stream()
             begun = "".join(cut.push(earlier) for earlier in ids[:count])
-            assert begun + cut.flush() == tokenizer.decode(ids[:count])
+            ended = begun + cut.flush()
+            assert text.startswith(ended.rstrip("\ufffd"))
+            # `tokenizers` gives up every character of byte tokens that end inside one; a stream keeps them.
+            assert name == "json" or ended == tokenizer.decode(ids[:count])
             out += stream.push(id_)
         assert out + stream.flush() == text
 
 
-@STREAMED
+@pytest.mark.parametrize("name", WAYS[:-1])
 @given(data=st.data())
 def test_streams_equal_decode_for_any_ids(every: dict[str, Tokenizer], name: str, data: st.DataObject) -> None:
     tokenizer = every[name]

@@ -40,6 +40,7 @@ from bitnet import _core
 from bitnet.durable import whole_file
 from bitnet.errors import CheckpointError
 from bitnet.formats.mapped import is_size, map_file, release, strict_json
+from bitnet.formats.source import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -263,19 +264,19 @@ def write(
     parts: Sequence[Part],
     *,
     force: bool = False,
-    progress: Callable[[Sequence[Part]], Iterable[Part]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a file that is either complete or not there: under another name first, synced, then renamed.
 
-    force: replace a file that exists. progress: wraps the parts, as tqdm does. Raises CheckpointError (a full disk),
-    leaving no trace.
+    force: replace a file that exists. progress: wraps the names of the parts, as tqdm does. Raises
+    CheckpointError (a full disk), leaving no trace.
     """
     with whole_file(Path(path), force) as file:
-        _write(file, config, provenance, parts, parts if progress is None else progress(parts))
+        _write(file, config, provenance, parts, (progress or iter)([part.name for part in parts]))
 
 
 def _write(file: Any, config: dict[str, Any], provenance: dict[str, str], parts: Sequence[Part],
-           ordered: Iterable[Part]) -> None:  # fmt: skip
+           turns: Iterable[str]) -> None:  # fmt: skip
     # The header comes first but is known last, so its room is that of the longest numbers there could be.
     longest = [Section(part.name, "fifths-coded", part.shape, 2**63, 2**63, 2**32 - 1, -2.2250738585072014e-308)
                for part in parts]  # fmt: skip
@@ -284,7 +285,7 @@ def _write(file: Any, config: dict[str, Any], provenance: dict[str, str], parts:
         raise CheckpointError(f"a header of {room - PREFIX.size} bytes is longer than the {HEADER_MAX} that are read")
     file.write(bytes(room))
     sections, end = [], room
-    for part in ordered:
+    for part, _ in zip(parts, turns, strict=True):
         content = part.make()
         data = memoryview(content.data).cast("B")
         offset = -(-end // ALIGN) * ALIGN

@@ -19,7 +19,7 @@ its logits are alike and not equal. bitnet.cpp and ik_llama.cpp quantize per tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from bitnet.formats.gguf_config import metadata_of
 from bitnet.formats.gguf_file import Part, Value, write
 from bitnet.formats.gguf_names import gguf_name, interleaved, is_projection, is_rotated, scale_name
 from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q8_0, TERNARY, TQ1_0, TQ2_0, TensorType
+from bitnet.formats.source import Progress
 from bitnet.formats.weights import codes_of, floats_of, model_weights
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def save_gguf(
     tokenizer: Tokenizer | None = None,
     chat_template: str | None = None,
     force: bool = False,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a model, packed or not, as a GGUF file; the model is not changed.
 

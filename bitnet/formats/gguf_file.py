@@ -19,9 +19,8 @@ names the file and the place.
 from __future__ import annotations
 
 import mmap
-import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -33,7 +32,8 @@ import numpy as np
 from bitnet.durable import whole_file
 from bitnet.errors import CheckpointError
 from bitnet.formats.gguf_types import OTHERS, TYPES, TensorType
-from bitnet.formats.source import Memory
+from bitnet.formats.mapped import map_file, release
+from bitnet.formats.source import Memory, Progress
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -97,7 +97,7 @@ class GgufFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._map = _map(self.path)
+        self._map = map_file(self.path, PREFIX.size, "GGUF")
         magic, version, tensors, values = PREFIX.unpack_from(self._map)
         if magic != MAGIC:
             raise self._refusal(f"it is no GGUF file: it begins with {magic!r}")
@@ -132,11 +132,7 @@ class GgufFile:
 
     def release(self, entry: Entry) -> None:
         """Takes the tensor's pages out of this process's memory; who looks at them again has them again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            begin = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
-            if length > 0:
-                self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+        release(self._map, entry.offset, entry.end)
 
     def _refusal(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}")
@@ -284,17 +280,6 @@ class _Header:
         return name, shape, self.u32(), self.u64()
 
 
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < PREFIX.size:
-                raise CheckpointError(f"{path}: it is no GGUF file: it has {size} bytes")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +299,7 @@ def write(
     parts: Sequence[Part],
     *,
     force: bool = False,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a file of version 3 that is either complete or not there; one tensor at a time is in memory.
 

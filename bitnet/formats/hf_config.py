@@ -114,8 +114,8 @@ def hf_config(values: dict[str, Any], path: Path, reading: Reading | None = None
             bits = f"weight_bits {values.get('weight_bits')!r}, input_bits {values.get('input_bits')!r}"
             raise CheckpointError(f"{path} has {bits}; ternary weights and int8 activations are 1 and 8")
         is_online, found["linear"] = True, "bitlinear"
-    elif "linear" not in known:
-        found["linear"] = "linear"
+    else:
+        is_online = found.setdefault("linear", "linear") == "bitlinear"
     if reading.linear is not None:
         found["linear"], is_online = reading.linear, reading.linear == "bitlinear"
     if reading.hidden_act is not None:

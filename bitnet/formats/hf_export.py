@@ -13,7 +13,6 @@ in f32 is the one that multiplied, where there is such a number, and otherwise t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from bitnet.formats.hf_config import CONFIG, LINEAR_CLASSES, hf_json
 from bitnet.formats.hf_source import INNER_NORM, SCALE, pack_rows
 from bitnet.formats.hf_tokenizer import save_hf_tokenizer
 from bitnet.formats.safetensors_file import SHARD_BYTES, TensorPart, write_safetensors
+from bitnet.formats.source import Progress
 from bitnet.formats.weights import bf16_bits, bf16_of, codes_of, floats_of, is_bf16, model_weights
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def save_hf(
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
     force: bool = False,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Progress | None = None,
     max_shard_size: int = SHARD_BYTES,
 ) -> None:
     """Writes a model for transformers' AutoModelForCausalLM.from_pretrained; the model is not changed.
@@ -65,11 +65,11 @@ def save_hf(
     with whole_folder(Path(folder), force) as unfinished:
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / "generation_config.json", _generation(tokenizer))
+        if tokenizer is not None:
+            save_hf_tokenizer(tokenizer, unfinished)  # before the tensors: it may refuse
         write_safetensors(
             unfinished, _parts(model, packed, linear_class, form), max_shard_size=max_shard_size, progress=progress
         )
-        if tokenizer is not None:
-            save_hf_tokenizer(tokenizer, unfinished)
 
 
 def _check(model: BitNetForCausalLM, packed: bool, linear_class: str, dtype: str | None) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from bitnet.config import BitNetConfig
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.formats import two_bits
 from bitnet.formats.hf_config import CONFIG, PROJECTIONS, HfConfig, hf_config, read_json
 from bitnet.formats.safetensors_file import SafetensorsFolder
 from bitnet.formats.source import Codes, Floats, Reading, Stored
@@ -52,7 +53,7 @@ class HfSource:
         self.config = self._tied(said.config)
         self.shapes = {name: self.tensors.entries[place].shape for name, place in self.places.items()}
         wanted = projection_shapes(self.config)
-        self.ternary = [name for name in self.places if name in self.scales or self._dtype(name) == "U8"]
+        self.ternary = {name for name in self.places if name in self.scales or self._dtype(name) == "U8"}
         self.linear_class = said.linear_class
         self.is_trainable = not self.ternary
         self._check_storage(said, reading, set(wanted))
@@ -148,8 +149,8 @@ class HfSource:
                                     "weights are floats without scales; read as masters they may be what was meant, "
                                     "which linear=bitlinear asks for")  # fmt: skip
             return
-        first = self.ternary[0]
-        strange = sorted(set(self.ternary) - projections)
+        first = min(self.ternary)
+        strange = sorted(self.ternary - projections)
         if strange:
             raise self._refusal(
                 f"{strange[0]} is stored as ternary codes, but is none of the projections of its layers"
@@ -159,11 +160,11 @@ class HfSource:
         if not is_ternary or self.linear_class is None:
             raise self._refusal(f"{first} is stored as ternary codes, but {CONFIG} has no quantization_config to say "
                                 "whether its weight_scale multiplies or divides")  # fmt: skip
-        floats = sorted((projections & self.places.keys()) - set(self.ternary))
+        floats = sorted((projections & self.places.keys()) - self.ternary)
         if floats:
             raise self._refusal(f"{floats[0]} is stored as {self._dtype(floats[0])}, but {first} as ternary codes: a "
                                 "model of which some projections are ternary is not computed here")  # fmt: skip
-        bare = sorted(set(self.ternary) - self.scales.keys())
+        bare = sorted(self.ternary - self.scales.keys())
         if bare:
             raise self._refusal(f"{bare[0]} is packed, but there is no weight_scale beside it")
 
@@ -176,10 +177,10 @@ class HfSource:
 
     def _unpacked(self, name: str, packed: Array) -> Array:
         """uint8 (ceil(out / 4), in) -> int8 codes (out, in)."""
-        if any((part & part >> 1 & 0x55).any() for part in chunks(packed.reshape(-1))):
-            raise self._refusal(f"{name} has a byte with the code 3, which stands for nothing")
-        rows, cols = self.shapes[name]
-        return unpack_rows(packed, rows).reshape(rows, cols)
+        try:
+            return unpack_rows(packed, self.shapes[name][0])
+        except ValueError as error:
+            raise self._refusal(f"{name} cannot be unpacked: {error}") from None
 
     def _whole_codes(self, name: str, values: Array) -> Array:
         """Codes that are stored as floats."""
@@ -225,25 +226,17 @@ def projection_shapes(config: BitNetConfig) -> dict[str, tuple[int, int]]:
 
 
 def pack_rows(codes: Array) -> Array:
-    """int8 codes (out, in) -> uint8 (ceil(out / 4), in)."""
-    quarter = -(-len(codes) // 4)
-    packed = np.zeros((quarter, codes.shape[1]), np.uint8)
-    for i in range(4):
-        part = codes[i * quarter : (i + 1) * quarter]
-        packed[: len(part)] |= (part + np.int8(1)).view(np.uint8) << np.uint8(2 * i)
-    return packed
+    """int8 codes (out, in) -> uint8 (ceil(out / 4), in); rows beyond the last hold the byte of -1, as theirs do."""
+    rows, cols = codes.shape
+    quarter = -(-rows // 4)
+    if rows % 4:
+        codes = np.concatenate([codes, np.full((4 * quarter - rows, cols), -1, np.int8)])
+    return two_bits.pack(codes, quarter * cols, high_first=False).reshape(quarter, cols)
 
 
 def unpack_rows(packed: Array, rows: int) -> Array:
-    """uint8 (ceil(rows / 4), in) -> int8 codes (rows, in); 3 - 1 is 2."""
-    quarter, cols = packed.shape
-    codes = np.empty((4 * quarter, cols), np.int8)
-    for i in range(4):
-        part = codes[i * quarter : (i + 1) * quarter]
-        np.right_shift(packed, np.uint8(2 * i), out=part.view(np.uint8))
-        part &= 3
-        part -= 1
-    return codes[:rows]
+    """uint8 (ceil(rows / 4), in) -> int8 codes (rows, in). ValueError for a code 3."""
+    return two_bits.unpack(packed, packed.size, high_first=False).reshape(-1, packed.shape[1])[:rows]
 
 
 def _values(array: Array, dtype: str) -> Array:

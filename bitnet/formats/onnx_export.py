@@ -14,19 +14,20 @@ The same model gives the same bytes every time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from bitnet.checkpoint import config_json
 from bitnet.durable import refuse_existing, whole_file, whole_folder
 from bitnet.errors import ConfigError
+from bitnet.formats.hf_config import config_json
 from bitnet.formats.onnx_genai import GENAI_FILE, genai_config
 from bitnet.formats.onnx_graph import Weight, require_onnx
 from bitnet.formats.onnx_model import OPSET_INT2, TERNARY, ModelGraph
 from bitnet.formats.protobuf import opening
+from bitnet.formats.source import Progress
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -40,8 +41,6 @@ EXTERNAL_MIN = ALIGN = 1 << 16
 IR_VERSION, IR_VERSION_INT2 = 10, 13  # those of the opsets: runtimes refuse what is newer than they are
 # Numbers of fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
-
-Progress = Callable[[list[str]], Iterable[str]]
 
 
 def save_onnx(

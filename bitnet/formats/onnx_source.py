@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.checkpoint import config_from
 from bitnet.errors import BitnetError, CheckpointError
+from bitnet.formats.hf_config import config_from
+from bitnet.formats.mapped import map_file, release
 from bitnet.formats.onnx_export import ALIGN, CONFIG_KEY, DATA_SUFFIX, MODEL_FILE
 from bitnet.formats.onnx_graph import BFLOAT16, BITS, CONSTANT, FLOAT, INT2, INT8
 from bitnet.formats.onnx_model import SCALE, turned, unpack_int2
@@ -62,7 +61,7 @@ class OnnxSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._model, self._data = _map(path), _Data(path)
+        self._model, self._data = map_file(path, 1, "ONNX"), _Data(path)
         self._metadata: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         try:
@@ -226,12 +225,9 @@ class OnnxSource:
             return self._data.copy(tensor.offset, tensor.length)
         shared = np.frombuffer(tensor.raw, np.uint8)
         data = np.array(shared)
-        if hasattr(mmap, "MADV_DONTNEED"):  # the pages that are this tensor's alone have no further use
-            start = shared.ctypes.data - np.frombuffer(self._model, np.uint8).ctypes.data
-            begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (start + shared.size) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-            if length > 0:
-                self._model.madvise(mmap.MADV_DONTNEED, begin, length)
+        # The pages that are this tensor's alone have no further use.
+        start = shared.ctypes.data - np.frombuffer(self._model, np.uint8).ctypes.data
+        release(self._model, start, start + shared.size)
         return data
 
 
@@ -264,16 +260,6 @@ class _Data:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from None
         return out
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError(f"{path}: it is no ONNX file: it is empty")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _bytes(value: Value) -> memoryview:

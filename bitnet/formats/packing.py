@@ -8,7 +8,6 @@ loses nothing, else in f32, unless the caller decides; norms always in f32.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from bitnet.checkpoint import Checkpoint
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile, Content, Part, file_parts, write
 from bitnet.formats.hf_config import config_from, config_json
-from bitnet.formats.source import Fifths, Floats, Stored, assemble
+from bitnet.formats.source import Fifths, Floats, Progress, Stored, assemble
 from bitnet.formats.weights import bf16_bits, codes_of, floats_of, is_bf16, model_weights
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +41,7 @@ def save_packed(
     tokenizer: Tokenizer | None = None,
     provenance: dict[str, str] | None = None,
     force: bool = False,
-    progress: Callable[[Sequence[Part]], Iterable[Part]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a model, packed or not, as a `.bitnet` file; the model is not changed.
 

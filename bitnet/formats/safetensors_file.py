@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import numpy as np
 
 from bitnet.errors import CheckpointError
 from bitnet.formats.mapped import is_size, map_file, release, strict_json
+from bitnet.formats.source import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -128,7 +129,7 @@ class SafetensorsFile:
 
 
 class SafetensorsFolder:
-    """All tensors of a model's folder, in one file or several. path, files (by name of the tensor)."""
+    """All tensors of a model's folder, in one file or several. path, files and entries (by name of the tensor)."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
@@ -139,11 +140,7 @@ class SafetensorsFolder:
             self.files = self._indexed(self.path / INDEX)
         else:
             raise CheckpointError(f"{self.path} has no {WEIGHTS} and no {INDEX}{self._others()}")
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """Every tensor by its name."""
-        return {name: file.entries[name] for name, file in self.files.items()}
+        self.entries = {name: file.entries[name] for name, file in self.files.items()}
 
     def array(self, name: str) -> Array:
         """See SafetensorsFile."""
@@ -209,7 +206,7 @@ def write_safetensors(
     parts: Sequence[TensorPart],
     *,
     max_shard_size: int = SHARD_BYTES,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes model.safetensors into a folder, or, where that would pass max_shard_size bytes, several and their index.
 

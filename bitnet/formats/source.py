@@ -27,6 +27,7 @@ from bitnet.model import BitNetForCausalLM, Factory
 
 Array = np.ndarray[Any, Any]
 Memory = bytes | memoryview | Array
+Progress = Callable[[list[str]], Iterable[str]]  # wraps the names of the weights, as tqdm does
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ class GivenFactory(Factory):
         return self.give(f"{name}.weight", rows, cols)
 
 
-def assemble(
-    source: Source, layout: str = "auto", progress: Callable[[list[str]], Iterable[str]] | None = None
-) -> BitNetForCausalLM:
+def assemble(source: Source, layout: str = "auto", progress: Progress | None = None) -> BitNetForCausalLM:
     """The model of a source; layout as for Module.pack. progress: wraps the names of the weights, as tqdm does.
 
     Raises CheckpointError naming the weight that is missing, superfluous, of another shape or damaged.
