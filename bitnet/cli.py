@@ -15,6 +15,9 @@ COMMANDS = {
     "lm-eval": ("bitnet.harness", "tasks of the lm-evaluation-harness, beside published results"),
     "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
     "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),
+    "import": ("bitnet.import_cli", "take in a checkpoint of Hugging Face, a GGUF or an ONNX file"),
+    "export": ("bitnet.export", "write for transformers, llama.cpp, bitnet.cpp, onnxruntime"),
+    "compare": ("bitnet.compare", "where two models, or two forms of one, begin to differ"),
     "bench": ("bitnet.bench", "speed of generation, beside what memory and processor allow"),
 }
 

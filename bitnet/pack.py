@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from bitnet.command import add_run, exit_status
+from bitnet.command import add_run, bar, exit_status
 from bitnet.errors import ConfigError
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile
-from bitnet.model import BitNetForCausalLM
+from bitnet.formats.source import Reading
+from bitnet.pretrained import open_without_copies
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -41,31 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _run(args))
 
 
-def _open(path: Path) -> tuple[BitNetForCausalLM, dict[str, str]]:
-    """The model of a run, checkpoint or packed file, and its provenance."""
-    from bitnet import checkpoint
-    from bitnet.formats import packing
-    from bitnet.formats.source import assemble
-
-    if path.is_file():
-        model = packing.load_packed(path)
-        provenance: dict[str, str] = vars(model)["provenance"]
-        return model, provenance
-    saved = checkpoint.open_checkpoint(path)
-    return assemble(packing.SavedSource(saved)), packing.provenance_of(saved)
-
-
 def _run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from bitnet.formats.packing import save_packed
 
     if args.out.exists() and not args.force:  # before anything is read
         raise ConfigError(f"{args.out} exists already; --force replaces it")
-    model, provenance = _open(Path(args.run))
-    bar = partial(tqdm, desc="packing", unit="tensor", disable=None, leave=False)
+    model, provenance = open_without_copies(args.run, Reading())
     save_packed(
-        model, args.out, coded=args.coded, floats=args.embeddings, provenance=provenance, force=args.force, progress=bar
+        model,
+        args.out,
+        coded=args.coded,
+        floats=args.embeddings,
+        provenance=provenance,
+        force=args.force,
+        progress=bar("packing"),
     )
     print(sizes(BitnetFile(args.out)))
     print(f"next: bitnet info {args.out}, or bitnet generate {args.out} -p TEXT")

@@ -118,7 +118,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither a run \(no folder .*\) nor a checkpoint \(no config\.json\)"):
         bitnet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match=r"it has no model\.safetensors, state\.json, SHA256SUMS"):
+    with pytest.raises(CheckpointError, match=r"is of the architecture model_type 'gpt2'"):
+        bitnet.from_pretrained(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"it has no model\.safetensors, SHA256SUMS"):
         bitnet.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="is not the config of a BitNet model: it has no vocab_size, hidden_size"):
         checkpoint.read_config(tmp_path / "config.json")
