@@ -360,7 +360,7 @@ def test_mutations_of_valid_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for at in places:
             bad = bytearray(data)
             bad[at] = bad[at] ^ 1 << at % 8 if rng.integers(2) else rng.integers(256)
-            monkeypatch.setattr("bitnet.formats.gguf_file._map", lambda path, bad=bytes(bad): bad)
+            monkeypatch.setattr("bitnet.formats.gguf_file.map_file", lambda *_, bad=bytes(bad): bad)
             monkeypatch.setattr(GgufFile, "release", lambda self, entry: None)
             try:
                 source = open_gguf(path)
