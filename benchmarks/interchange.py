@@ -81,6 +81,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--activations", nargs="+", choices=("relu2", "silu"), default=["relu2", "silu"])
     parser.add_argument("--llama-python", default=sys.executable, help="an interpreter with llama_cpp")
     parser.add_argument("--keep", action="store_true", help="leave the exported files there")
+    parser.add_argument("--make", choices=("relu2", "silu"), help="only write the checkpoint with this activation")
     history.add_arguments(parser)
     return parser
 
@@ -105,14 +106,20 @@ def bitnet_command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "bitnet.cli", *map(str, words)]
 
 
+def make(preset: str, activation: str, folder: Path) -> None:
+    """Writes the checkpoint."""
+    from bitnet.formats.hf_export import save_hf
+
+    config = BitNetConfig.preset(preset, hidden_act=activation, tie_word_embeddings=True)
+    save_hf(assemble(RandomSource(config), "2"), folder, packed=True, dtype="bf16")
+
+
 def made(work: Path, preset: str, activation: str) -> Path:
-    """The checkpoint, written unless it is there."""
+    """The checkpoint, written unless it is there; in another process, whose memory no child of this one inherits."""
     folder = work / f"{preset}-{activation}"
     if not folder.exists():
-        from bitnet.formats.hf_export import save_hf
-
-        config = BitNetConfig.preset(preset, hidden_act=activation, tie_word_embeddings=True)
-        save_hf(assemble(RandomSource(config), "2"), folder, packed=True, dtype="bf16")
+        words = ["--make", activation, "--preset", preset, "--work", str(work)]
+        subprocess.run([sys.executable, __file__, *words], check=True)
     return folder
 
 
@@ -145,7 +152,7 @@ def measure(args: argparse.Namespace, activation: str) -> Iterator[dict[str, Any
         found, printed = run(command)
         own = re.search(r"([\d,]+) bytes, ([\d.]+) s, peak memory ([\d.]+) GB", printed)
         agreement = re.search(r"(read back|run by onnxruntime): (.*)", printed)
-        result = {"activation": activation, "name": name, **found}
+        result = {"activation": activation, "what": name, **found}
         if own:
             result |= {"bytes": int(own[1].replace(",", "")), "write_seconds": float(own[2]), "write_gb": float(own[3])}
         if agreement:
@@ -153,7 +160,7 @@ def measure(args: argparse.Namespace, activation: str) -> Iterator[dict[str, Any
         yield result
         if "llama.cpp" in name and "error" not in found:
             found, printed = run([args.llama_python, "-c", LLAMA, str(out)])
-            yield {"activation": activation, "name": f"llama.cpp loads {name}", **found, "agreement": printed.strip()}
+            yield {"activation": activation, "what": f"llama.cpp loads {name}", **found, "agreement": printed.strip()}
         if not args.keep and out != source.with_suffix(".bitnet"):
             remove(out)
 
@@ -169,11 +176,11 @@ def remove(path: Path) -> None:
 def line(result: dict[str, Any]) -> str:
     """A result as a row of the table."""
     if "error" in result:
-        return f"{result['activation']:<6} {result['name']:<36} {result['error']}"
+        return f"{result['activation']:<6} {result['what']:<36} {result['error']}"
     size = f"{result['bytes'] / 1e6:,.0f} MB" if "bytes" in result else ""
     own = f"{result['write_seconds']:.1f} s, {result['write_gb']:.2f} GB" if "write_seconds" in result else ""
     return (
-        f"{result['activation']:<6} {result['name']:<36} {size:>9}  {own:>16}  "
+        f"{result['activation']:<6} {result['what']:<36} {size:>9}  {own:>16}  "
         f"{result['seconds']:>6.1f} s, {result['peak_memory_bytes'] / 1e9:.2f} GB  {result.get('agreement', '')}"
     )
 
@@ -182,13 +189,16 @@ def main() -> int:
     """Prints a table, and adds it to the history."""
     args = arguments().parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.make:
+        make(args.preset, args.make, args.work / f"{args.preset}-{args.make}")
+        return 0
     here = machine.fingerprint()
     print(machine.one_line(here))
     print("\nsize; time and peak memory to read and write; the same with verification; logits beside the source's")
     results = []
     for result in (r for activation in args.activations for r in measure(args, activation)):
         print(line(result), flush=True)
-        name = f"{result['activation']} {result['name']}"
+        name = f"{result['activation']} {result['what']}"
         results.append(history.entry(name, [result["seconds"]], "s", False, **result))
     history.keep(args, [history.run("interchange", {"preset": args.preset}, here, results)])
     return int(any("error" in result for result in results))

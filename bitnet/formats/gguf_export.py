@@ -168,7 +168,8 @@ def _refuse_shape(config: BitNetConfig, flavour: str) -> None:
                           "works")  # fmt: skip
     if not config.tie_word_embeddings:
         raise ConfigError(f"tie_word_embeddings is False, and programs for flavour {flavour} refuse such a file or "
-                          "ignore its output head; no flavour with sub-norms has one of its own")  # fmt: skip
+                          "ignore its output head; no flavour with sub-norms has one of its own. A model trained "
+                          "with tie_word_embeddings true fits, and hf-packed and onnx take this one")  # fmt: skip
 
 
 def _refuse_rows(config: BitNetConfig, plan: Plan, flavour: str) -> None:

@@ -22,7 +22,7 @@ from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile, Content, Part, file_parts, write
 from bitnet.formats.hf_config import config_from, config_json
 from bitnet.formats.source import Fifths, Floats, Progress, Stored, assemble
-from bitnet.formats.weights import bf16_bits, codes_of, floats_of, is_bf16, model_weights
+from bitnet.formats.weights import bf16_of, codes_of, floats_of, is_bf16, model_weights
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,10 +74,9 @@ def _ternary(layer: nn.BitLinear, coded: bool) -> Content:
 
 
 def _floats(weight: Tensor, form: str | None) -> Content:
-    values = floats_of(weight)
-    if form is None:
-        form = "bf16" if values.ndim == 2 and is_bf16(values) else "f32"
-    return Content(form, (values if form == "f32" else bf16_bits(values)).data)
+    if form is None and weight.ndim == 2 and (weight.dtype == "bf16" or is_bf16(floats_of(weight))):
+        form = "bf16"
+    return Content("bf16", bf16_of(weight).data) if form == "bf16" else Content("f32", floats_of(weight).data)
 
 
 def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
