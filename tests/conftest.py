@@ -6,7 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# No example is timed: a machine under load has no wrong results.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # PyTorch reads this when it is first imported. Its matrices here are tiny, and idle OpenMP threads that spin beside a
 # busy one made a half-second of conditioning take twenty on a loaded machine.

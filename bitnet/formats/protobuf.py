@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers, as far as an ONNX file needs it: fields written, and fields read from a mapping.
+"""The wire format of protocol buffers, as far as ONNX files and SentencePiece models need it: fields written, and read.
 
 A message is a sequence of fields, each a key (number * 8 + wire type) as a varint, then a varint (wire type 0), eight
 or four bytes (1, 5), or a length and as many bytes (2). Reading copies nothing and makes nothing that the caller does
@@ -30,11 +30,27 @@ def opening(number: int, length: int) -> bytes:
     return varint(number << 3 | BYTES) + varint(length)
 
 
+def number_field(number: int, value: int) -> bytes:
+    """A field that holds a number."""
+    return varint(number << 3 | VARINT) + varint(value)
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    """A field that holds bytes, or text, or a message."""
+    return opening(number, len(value)) + value
+
+
 def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
     """(number, value) of every field, in order: an int, or the bytes where they lie. ValueError if it is no message."""
+    return ((number, value) for number, value, _ in whole_fields(message))
+
+
+def whole_fields(message: memoryview) -> Iterator[tuple[int, Value, memoryview]]:
+    """The same, and all bytes of the field."""
     at, count = 0, 0
     while at < len(message):
         count += 1
+        begin = at
         if count > FIELDS_MAX:
             raise ValueError(f"a message has more than {FIELDS_MAX} fields")
         key, at = _varint(message, at)
@@ -43,7 +59,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
             raise ValueError(f"field number {number} is not between 1 and 2^29")
         if wire == VARINT:
             value, at = _varint(message, at)
-            yield number, value
+            yield number, value, message[begin:at]
             continue
         if wire == BYTES:
             length, at = _varint(message, at)
@@ -53,8 +69,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
             raise ValueError(f"field {number} has the unknown wire type {wire}")
         if length > len(message) - at:
             raise ValueError(f"field {number} should have {length} bytes, but {len(message) - at} follow")
-        yield number, message[at : at + length]
         at += length
+        yield number, message[at - length : at], message[begin:at]
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""SentencePiece's model file, as far as its pieces: protocol buffers, read and written by hand.
+"""SentencePiece's model file, as far as its pieces.
 
 A ModelProto is a run of fields. Field 1, repeated, is a piece {1: text, 2: score (f32), 3: type}; field 2 says how the
 model was trained, field 3 how text is normalized. Only the few settings that decide what an id means are looked at;
@@ -8,15 +8,16 @@ all that is no piece is kept as the bytes it came in, so that a model taken apar
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 from bitnet.errors import DataError
+from bitnet.formats.protobuf import Value, bytes_field, fields, number_field, whole_fields
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-LONGEST_VARINT = 10
-MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+T = TypeVar("T")
+MODEL_TYPES: dict[Value, str] = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
 class Kind(IntEnum):
@@ -54,14 +55,27 @@ class Settings:
 
 def parse(model: bytes) -> tuple[list[Piece], bytes]:
     """The pieces by id, and the bytes of all other fields. Raises DataError."""
+    return _reading(lambda: _parse(memoryview(model)))
+
+
+def _parse(model: memoryview) -> tuple[list[Piece], bytes]:
     pieces = []
     others = []
-    for field, wire, value, raw in _fields(model):
-        if field == 1 and wire == BYTES:
+    for number, value, raw in whole_fields(model):
+        if number == 1 and not isinstance(value, int):
             pieces.append(_piece(value))
         else:
             others.append(raw)
     return pieces, b"".join(others)
+
+
+def _reading(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"the SentencePiece model cannot be read: {error}") from None
 
 
 def build(pieces: Sequence[Piece], others: bytes) -> bytes:
@@ -71,24 +85,29 @@ def build(pieces: Sequence[Piece], others: bytes) -> bytes:
 
 def is_plain(others: bytes) -> bool:
     """Whether the fields are the settings of training and normalization, and no more."""
-    return {(field, wire) for field, wire, _, _ in _fields(others)} <= {(2, BYTES), (3, BYTES)}
+    found = _reading(lambda: list(fields(memoryview(others))))
+    return all(number in (2, 3) and not isinstance(value, int) for number, value in found)
 
 
 def settings(others: bytes) -> Settings:
     """Reads the fields that are no pieces. Raises DataError."""
-    found: dict[tuple[int, int], bytes] = {}  # by message and field; a later one counts
-    wires = {(2, 3): VARINT, (2, 24): VARINT, (2, 35): VARINT} | {(3, number): VARINT for number in (3, 4, 5)}
-    wires[3, 2] = BYTES
-    for message, outer, value, _ in _fields(others):
-        if outer == BYTES and message in (2, 3):
-            for number, wire, inner, _ in _fields(value):
-                if wires.get((message, number)) == wire:
-                    found[message, number] = inner
+    return _reading(lambda: _settings(memoryview(others)))
+
+
+def _settings(others: memoryview) -> Settings:
+    numbers = {(2, 3), (2, 24), (2, 35), (3, 3), (3, 4), (3, 5)}
+    found: dict[tuple[int, int], Value] = {}  # by message and field; a later one counts
+    for message, outer in fields(others):
+        if not isinstance(outer, int) and message in (2, 3):
+            for number, value in fields(outer):
+                place = (message, number)
+                if isinstance(value, int) == (place in numbers):
+                    found[place] = value
 
     def flag(message: int, number: int, default: bool) -> bool:
-        return _varint_value(found[message, number]) != 0 if (message, number) in found else default
+        return bool(found.get((message, number), default))
 
-    model_type = _varint_value(found.get((2, 3), b"\x01"))
+    model_type = found.get((2, 3), 1)
     if model_type not in MODEL_TYPES:
         raise DataError(f"a SentencePiece model of type {model_type} is unknown")
     return Settings(
@@ -104,68 +123,31 @@ def settings(others: bytes) -> Settings:
 
 def settings_bytes(names: dict[str, str | None], byte_fallback: bool, add_dummy_prefix: bool) -> bytes:
     """The other fields of a BPE model that rewrites nothing; names: of "unk", "bos", "eos" and "pad", None for none."""
-    trainer = _varint_field(3, 2) + _varint_field(35, int(byte_fallback))
+    trainer = number_field(3, 2) + number_field(35, int(byte_fallback))
     for number, name in zip((45, 46, 47, 48), ("unk", "bos", "eos", "pad"), strict=True):
         # SentencePiece finds these by name and takes a name that is no control piece for none.
-        trainer += _bytes_field(number, (names.get(name) or f"no {name}").encode())
-    normalizer = _bytes_field(1, b"identity") + _varint_field(3, int(add_dummy_prefix)) + _varint_field(4, 0)
-    return _bytes_field(2, trainer) + _bytes_field(3, normalizer)
+        trainer += bytes_field(number, (names.get(name) or f"no {name}").encode())
+    normalizer = bytes_field(1, b"identity") + number_field(3, int(add_dummy_prefix)) + number_field(4, 0)
+    return bytes_field(2, trainer) + bytes_field(3, normalizer)
 
 
 def without_prefix(model: bytes) -> bytes:
     """The model, with no space put before a text: later fields are the ones that count."""
-    return model + _bytes_field(3, _varint_field(3, 0))
+    return model + bytes_field(3, number_field(3, 0))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """(number, wire type, value, the whole field). A varint's value is its bytes."""
-    at = 0
-    while at < len(data):
-        start = at
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == VARINT:
-            begin = at
-            _, at = _varint(data, at)
-        elif wire == BYTES:
-            size, begin = _varint(data, at)
-            at = begin + size
-        elif wire in (FIXED32, FIXED64):
-            begin, at = at, at + (4 if wire == FIXED32 else 8)
-        else:
-            raise DataError(f"a SentencePiece model has no field of wire type {wire}, which stands at byte {start}")
-        if at > len(data):
-            raise DataError(f"a field of the SentencePiece model at byte {start} ends outside it")
-        yield number, wire, data[begin:at], data[start:at]
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for i in range(LONGEST_VARINT):
-        if at + i >= len(data):
-            break
-        value |= (data[at + i] & 127) << 7 * i
-        if data[at + i] < 128:
-            return value, at + i + 1
-    raise DataError(f"a number of the SentencePiece model at byte {at} has no end")
-
-
-def _varint_value(data: bytes) -> int:
-    return _varint(data, 0)[0]
-
-
-def _piece(data: bytes) -> Piece:
+def _piece(message: memoryview) -> Piece:
     text, score, kind = "", 0.0, 1
-    for number, wire, value, _ in _fields(data):
-        if number == 1 and wire == BYTES:
+    for number, value in fields(message):
+        if number == 1 and not isinstance(value, int):
             try:
-                text = value.decode()
+                text = str(value, "utf-8")
             except UnicodeDecodeError:
-                raise DataError(f"a piece of the SentencePiece model, {value!r}, is not UTF-8") from None
-        elif number == 2 and wire == FIXED32:
+                raise DataError(f"a piece of the SentencePiece model, {bytes(value)!r}, is not UTF-8") from None
+        elif number == 2 and not isinstance(value, int) and len(value) == 4:
             (score,) = struct.unpack("<f", value)
-        elif number == 3 and wire == VARINT:
-            kind = _varint_value(value)
+        elif number == 3 and isinstance(value, int):
+            kind = value
     try:
         return Piece(text, score, Kind(kind))
     except ValueError:
@@ -173,24 +155,7 @@ def _piece(data: bytes) -> Piece:
 
 
 def _piece_bytes(piece: Piece) -> bytes:
-    body = _bytes_field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score)
+    body = bytes_field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score)
     if piece.kind != Kind.NORMAL:
-        body += _varint_field(3, piece.kind)
-    return _bytes_field(1, body)
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _varint_field(number: int, value: int) -> bytes:
-    return _encoded(number << 3 | VARINT) + _encoded(value)
-
-
-def _bytes_field(number: int, value: bytes) -> bytes:
-    return _encoded(number << 3 | BYTES) + _encoded(len(value)) + value
+        body += number_field(3, piece.kind)
+    return bytes_field(1, body)
