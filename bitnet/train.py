@@ -23,11 +23,12 @@ from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
 from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
+from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.model import BitNetForCausalLM
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
 from bitnet.tokenizer import load_tokenizer
-from bitnet.trainer import Interrupted, Interrupts, Trainer, TrainerConfig
+from bitnet.trainer import Trainer, TrainerConfig
 
 T = TypeVar("T")
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from bitnet import _core, checkpoint, mfu, ops, optim
 from bitnet._core import Tensor
 from bitnet.data import DataLoader, ShardDataset, eval_blocks
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
+from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.metrics import Record
 from bitnet.model import BitNetForCausalLM
 from bitnet.shard import read_manifest
@@ -116,51 +115,6 @@ class TrainerConfig:
 
 class DivergenceError(BitnetError, ArithmeticError):
     """A loss or gradient that is no number; the weights are those of the last good step."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM (`signal` says which) ended training; the message says what is kept and how to go on."""
-
-    signal: int = signal.SIGINT
-
-
-class Interrupts:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, except inside `held()`, at whose end a waiting one is raised.
-
-    Only the main thread receives signals; elsewhere this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._depth = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by a library in C
-        self._before = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        if self._depth == 0:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """What is inside happens as a whole."""
-        waiting = self.signal
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        if self._depth == 0 and self.signal != waiting:
-            raise KeyboardInterrupt
 
 
 class RecordedLoss:

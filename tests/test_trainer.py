@@ -16,7 +16,8 @@ from bitnet import BitNetConfig, BitNetForCausalLM, ops
 from bitnet.callbacks import Callback
 from bitnet.data import ShardDataset, eval_blocks, pack
 from bitnet.errors import ConfigError
-from bitnet.trainer import DivergenceError, Interrupted, Interrupts, Trainer, TrainerConfig
+from bitnet.interrupts import Interrupted, Interrupts
+from bitnet.trainer import DivergenceError, Trainer, TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
 CONFIG = TrainerConfig(steps=12, batch_size=4, seq_len=16, lr=5e-3, eval_every=5, sample_tokens=0)
