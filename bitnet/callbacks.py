@@ -1,13 +1,12 @@
 """What happens beside training: the progress bar, metrics.jsonl, samples and pictures.
 
-A callback sees the trainer at four moments. Those that write into the run folder first take back what a killed run
+A callback sees the trainer at five moments. Those that write into the run folder first take back what a killed run
 wrote beyond its last checkpoint, so a resumed run's files have every step once.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.errors import BitnetError
-from bitnet.metrics import Record, read_metrics, smoothed, to_line
+from bitnet.metrics import LineFile, Record, smoothed
 
 if TYPE_CHECKING:
     from bitnet.trainer import Trainer
@@ -35,17 +34,31 @@ class Callback:
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """A checkpoint was written."""
 
+    def on_event(self, trainer: Trainer, event: Record) -> None:
+        """Something out of the ordinary was noted: see bitnet/stability.py. After a rollback, trainer.step is lower."""
+
     def on_end(self, trainer: Trainer, complete: bool) -> None:
         """Training ends; not complete after an interrupt or an error."""
 
 
-def standard_callbacks(out: Path | None, plots: bool = True) -> list[Callback]:
-    """Progress everywhere, files where there is a run folder."""
+def standard_callbacks(
+    out: Path | None, plots: bool = True, tensorboard: bool = False, wandb: str | None = None
+) -> list[Callback]:
+    """Progress everywhere, files where there is a run folder; ConfigError if a logger's package is missing."""
     if out is None:
         return [Progress()]
     # Metrics first: it restores the history that the others look at.
     files: list[Callback] = [Metrics(out / "metrics.jsonl"), Progress(), Samples(out / "samples.txt")]
-    return [*files, Pictures(out / "plots")] if plots else files
+    files.append(Layers(out / "layers.jsonl"))
+    if plots:
+        files.append(Pictures(out / "plots"))
+    if tensorboard or wandb is not None:
+        from bitnet.loggers import TensorBoard, WeightsAndBiases
+    if tensorboard:
+        files.append(TensorBoard(out / "tensorboard"))
+    if wandb is not None:
+        files.append(WeightsAndBiases(out, wandb))
+    return files
 
 
 class Progress(Callback):
@@ -91,6 +104,12 @@ class Progress(Callback):
             facts = "  ".join(f"{name} {value}" for name, value in shown.items())
             trainer.log(f"step {record['step']:>{len(str(trainer.config.steps))}}/{trainer.config.steps}  {facts}")
 
+    def on_event(self, trainer: Trainer, event: Record) -> None:
+        if event["event"] == "rollback":
+            self._loss = smoothed([record["train_loss"] for record in trainer.history] or [0.0])[-1]
+            self._bar.n = trainer.step
+            self._bar.refresh()
+
     def on_end(self, trainer: Trainer, complete: bool) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -98,50 +117,47 @@ class Progress(Callback):
 
 
 class Metrics(Callback):
-    """metrics.jsonl: one record a line, written when its step is done."""
+    """metrics.jsonl: one record a line, written when its step is done, and the events between them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting: list[str] = []  # what a full disk did not take yet
+        self._file = LineFile(path)
 
     def on_start(self, trainer: Trainer) -> None:
-        kept = [record for record in read_metrics(self.path) if record["step"] <= trainer.logged_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(to_line(record) for record in kept))
-        partial.replace(self.path)
-        trainer.history[:] = kept
+        kept = self._file.cut(trainer.logged_step, len(trainer.events))
+        trainer.history[:] = [record for record in kept if "event" not in record]
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
-        self._waiting.append(to_line(record))
-        try:
-            self._write()
-        except OSError as error:
-            if len(self._waiting) == 1:
-                trainer.log(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
+        self._file.add(record, trainer.log)
+
+    def on_event(self, trainer: Trainer, event: Record) -> None:
+        if event["event"] == "rollback":
+            self._file.cut(trainer.step, len(trainer.events) - 1)
+        self._file.add(event, trainer.log)
 
     def on_end(self, trainer: Trainer, complete: bool) -> None:
-        try:
-            self._write()
-        except OSError as error:
-            trainer.log(f"warning: {len(self._waiting)} lines of {self.path} are lost: {error.strerror}")
+        self._file.close(trainer.log)
 
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            data = "".join(self._waiting).encode()
-            try:
-                if os.write(file, data) < len(data):
-                    raise OSError(28, "the disk is full")
-            except OSError:
-                os.ftruncate(file, size)  # no half lines
-                raise
-        finally:
-            os.close(file)
-        self._waiting.clear()
+
+class Layers(Callback):
+    """layers.jsonl: what the codes of each layer do, a line every `layer_stats` steps (bitnet/layer_stats.py)."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self._file.path.exists():
+            self._file.cut(trainer.logged_step, 0)
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        if trainer.layers is not None:
+            self._file.add(trainer.layers, trainer.log)
+
+    def on_event(self, trainer: Trainer, event: Record) -> None:
+        if event["event"] == "rollback":
+            self.on_start(trainer)
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        self._file.close(trainer.log)
 
 
 class Samples(Callback):
@@ -151,10 +167,18 @@ class Samples(Callback):
         self.path = path
 
     def on_start(self, trainer: Trainer) -> None:
+        self._cut(trainer.logged_step)
+
+    def on_event(self, trainer: Trainer, event: Record) -> None:
+        if event["event"] == "rollback":
+            self._cut(trainer.step)
+
+    def _cut(self, step: int) -> None:
+        """Takes back the samples after a step."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8")
-        heads = [m for m in re.finditer(r"^=== step (\d+), ", text, re.MULTILINE) if int(m[1]) > trainer.logged_step]
+        heads = [m for m in re.finditer(r"^=== step (\d+), ", text, re.MULTILINE) if int(m[1]) > step]
         if heads:
             self.path.write_text(text[: heads[0].start()], encoding="utf-8")
 

@@ -148,6 +148,19 @@ def save(
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes RUN/checkpoints/step-NNNNNNNN and returns it. Raises CheckpointError (a full disk), leaving no trace."""
+    return write(run, step, model.config, model.state_dict(), optimizer, state, tokenizer)
+
+
+def write(
+    run: str | Path,
+    step: int,
+    config: BitNetConfig,
+    weights: Arrays,
+    optimizer: Arrays,
+    state: dict[str, Any],
+    tokenizer: Tokenizer | None,
+) -> Path:
+    """save() of what was copied before: nothing is read from a model, so another thread can do it."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -156,8 +169,8 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_text(partial / CONFIG, json.dumps(config_json(model.config, tokenizer), indent=2) + "\n")
-        save_file(model.state_dict(), partial / WEIGHTS, {"format": "pt"})
+        _write_text(partial / CONFIG, json.dumps(config_json(config, tokenizer), indent=2) + "\n")
+        save_file(weights, partial / WEIGHTS, {"format": "pt"})
         save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
         _write_text(partial / STATE, json.dumps(state, indent=1) + "\n")
         if tokenizer is not None:
@@ -182,13 +195,23 @@ def save(
     return target
 
 
-def prune(run: str | Path, keep: int, best: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and the one of step `best`."""
+def prune(run: str | Path, keep: int, *others: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and those of the `others` (the best, the one to roll back to)."""
     for step in steps(run)[:-keep]:
-        if step != best:
-            # Renamed first: a removal that is cut short leaves no folder with a step's name.
-            folder = folder_of(run, step)
-            shutil.rmtree(folder.rename(folder.with_name(PARTIAL + folder.name)), ignore_errors=True)
+        if step not in others:
+            _remove(folder_of(run, step))
+
+
+def remove_newer(run: str | Path, step: int) -> None:
+    """Removes the checkpoints above a step, which a rollback made those of another past."""
+    for newer in steps(run):
+        if newer > step:
+            _remove(folder_of(run, newer))
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a removal that is cut short leaves no folder with a step's name.
+    shutil.rmtree(folder.rename(folder.with_name(PARTIAL + folder.name)), ignore_errors=True)
 
 
 def clean(run: str | Path) -> None:

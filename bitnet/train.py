@@ -1,7 +1,7 @@
 """Command line `bitnet train`: text to tokens, tokens to a model, in a run folder that can always be resumed.
 
 RUN/train.yaml      every option as used        RUN/data/         the packed text (unless --data is a pack)
-RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, samples.txt, plots/*.png
+RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, layers.jsonl, samples.txt, plots/*.png
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ examples:
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
   bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
 
-Ctrl-C ends at once and keeps what is done. Same options and text, same bytes: on any CPU, stopped or not.
+Ctrl-C ends at once and keeps what is done; SIGTERM writes a checkpoint first and ends with status 143.
+Same options and text, same bytes: on any CPU, stopped or not.
 """
 
 GROUPS: tuple[tuple[str, type, str], ...] = (

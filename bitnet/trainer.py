@@ -3,7 +3,8 @@
 A step is `grad_accum` micro-batches, one clip, one AdamW update. Its forward pass is recorded once on a tape and
 replayed, so no Python runs between ops. Everything a step does is a function of (config, data, step): the learning
 rate, which tokens it sees, the seed of a sample. What changes is the model, the optimizer and a few counters, which is
-why a run that was killed and resumed ends in the same bytes as one that never stopped.
+why a run that was killed and resumed ends in the same bytes as one that never stopped. A loss that spikes or is no
+number sends the run back to its last checkpoint, past the batches that led there: see bitnet/stability.py.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitnet import _core, checkpoint, mfu, ops, optim
+from bitnet import _core, checkpoint, mfu, ops, optim, stability
 from bitnet._core import Tensor
-from bitnet.data import DataLoader, ShardDataset, eval_blocks
-from bitnet.errors import BitnetError, CheckpointError, ConfigError
+from bitnet.background import Background
+from bitnet.checkpoint import Checkpoint
+from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks
+from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
+from bitnet.layer_stats import layer_record
 from bitnet.metrics import Record
 from bitnet.model import BitNetForCausalLM
+from bitnet.nn import TernaryStats
 from bitnet.shard import read_manifest
+from bitnet.stability import DivergenceError, LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -71,11 +77,22 @@ class TrainerConfig:
     sample_prompt: str | None = option(None, "what samples begin with (the first held-out words)", True)
     sample_tokens: int = option(64, "length of a sample; 0: no samples", True)
     plots: bool = option(True, "draw pictures at the end, and now and then before", True)
+    layer_stats: int | None = option(None, "steps between lines of layers.jsonl (a tenth of all); 0: none", True)
+    spike: float = option(10.0, "roll back at a loss so many mean deviations above the mean of late; 0: never", True)
+    rollbacks: int = option(5, "most rollbacks; then a loss that is no number is an error", True)
+    rollback_lr: float = option(0.5, "times the learning rate after a rollback, rising back to it", True)
+    patience: int = option(0, "stop after so many evaluations in a row without a lower loss; 0: never", True)
+    background_save: bool = option(
+        False, "write checkpoints while training goes on: 12 bytes a parameter more memory meanwhile", True
+    )
+    tensorboard: bool = option(False, "write RUN/tensorboard (pip install 'bitnet[tensorboard]')", True)
+    wandb: str | None = option(None, "project for Weights & Biases, offline unless WANDB_MODE says otherwise", True)
     compare: str | None = option(None, "another run (a twin) to draw beside this one in the pictures", True)
 
     def __post_init__(self) -> None:
         ones = dict.fromkeys("batch_size grad_accum seq_len keep steps eval_every save_every".split(), 1)
         zeros = dict.fromkeys("warmup eval_blocks sample_tokens weight_decay clip min_lr seed".split(), 0)
+        zeros |= dict.fromkeys("layer_stats spike rollbacks patience".split(), 0)
         for name, minimum in {**ones, **zeros}.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
@@ -84,6 +101,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be positive, not {value}")
+        if not 0 < self.rollback_lr <= 1:
+            raise ConfigError(f"rollback_lr must be above 0 and at most 1, not {self.rollback_lr}")
         words = {
             "order": ("shuffled", "random"), "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS,
             "moments": optim.MOMENTS,
@@ -100,6 +119,7 @@ class TrainerConfig:
         """Every None that depends on the number of steps filled in."""
         tenth = max(1, steps // 10)
         derived: dict[str, Any] = {"steps": steps, "warmup": min(100, tenth), "eval_every": tenth, "save_every": tenth}
+        derived["layer_stats"] = tenth
         derived["min_lr"] = self.lr * (0.1 if self.schedule == "cosine" else 2 / 3)
         return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
 
@@ -111,10 +131,6 @@ class TrainerConfig:
         if self.schedule == "cosine":
             return optim.warmup_cosine(step, self.steps, self.lr, self.min_lr, self.warmup), self.weight_decay
         return optim.two_stage(step, self.steps, self.lr, self.min_lr, self.warmup, self.weight_decay)
-
-
-class DivergenceError(BitnetError, ArithmeticError):
-    """A loss or gradient that is no number; the weights are those of the last good step."""
 
 
 class RecordedLoss:
@@ -178,15 +194,23 @@ class Trainer:
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned
+        self.watch = LossWatch()
+        self.events: list[Record] = []  # of bitnet/stability.py, in their order
+        self.lowest: float | None = None  # validation loss so far
+        self.stale = 0  # evaluations since then
+        self.flips: dict[str, int] = {}  # codes changed since the last record of layers, by layer
+        self.layers: Record | None = None  # what layers.jsonl gets after this step, if it is one of those
         self.best: dict[str, Any] | None = None  # {"step", "val_loss"} of the best checkpoint
         self.over = False
         self.history: list[Record] = []
         self._pending: Record | None = None  # of a step that is updated but not yet evaluated and logged
         self._saved = -1  # step of the newest checkpoint
+        self._good = -1  # step of the newest that was due, not written on the way out: where a rollback leads
+        self._writer: Background[_Written] = Background()
         self._save_seconds: float | None = None
         self._interrupts = Interrupts()
         self.samples: list[str] = []  # prompt and continuation after each evaluation
-        self._callbacks = [*standard_callbacks(self.out, self.config.plots), *callbacks]
+        self._callbacks = [*standard_callbacks(self.out, c.plots, c.tensorboard, c.wandb), *callbacks]
         rows = c.batch_size * c.grad_accum
         self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision)  # of one step
         self._forget_tapes()
@@ -207,6 +231,8 @@ class Trainer:
                 raise ConfigError(
                     f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {shape.vocab_size}"
                 )
+        if self.config.patience and self.validation is None:
+            raise ConfigError(f"patience {self.config.patience} counts evaluations, but there is no held-out text")
         limit, seq_len = shape.max_position_embeddings, self.config.seq_len
         if seq_len > limit:
             raise ConfigError(f"seq_len {seq_len} is more than the model's max_position_embeddings {limit}")
@@ -222,8 +248,8 @@ class Trainer:
     def fit(self, resume: bool = False) -> list[Record]:
         """Trains to the end of the config and returns the history; a second call goes on after an interrupt.
 
-        resume: first loads the newest complete checkpoint of `out`, if there is one. Raises DivergenceError, and
-        Interrupted on Ctrl-C or SIGTERM; in both cases `out` can be resumed.
+        resume: first loads the newest complete checkpoint of `out`, if there is one. Raises DivergenceError when no
+        rollback is left, and Interrupted on Ctrl-C or SIGTERM; in both cases `out` can be resumed.
         """
         if resume:
             self.resume()
@@ -236,13 +262,17 @@ class Trainer:
                 for callback in self._callbacks:
                     callback.on_start(self)
                 while self._pending is not None or not self.over:
-                    self._finish(self._pending or self._train_step())
+                    try:
+                        self._finish(self._pending or self._train_step())
+                    except Trouble as trouble:
+                        self._recover(trouble)
                 complete = True
             except KeyboardInterrupt:
                 stopped = Interrupted(self._rescue())
                 stopped.signal = self._interrupts.signal or signal.SIGINT
                 raise stopped from None
             finally:
+                self._settle()
                 for callback in self._callbacks:
                     callback.on_end(self, complete)
         return self.history
@@ -280,7 +310,8 @@ class Trainer:
     def _is_over(self) -> bool:
         c = self.config
         assert c.steps is not None
-        return self.step >= c.steps or (c.minutes is not None and self.seconds >= 60 * c.minutes)
+        late = c.minutes is not None and self.seconds >= 60 * c.minutes
+        return self.step >= c.steps or late or 0 < c.patience <= self.stale
 
     def _train_step(self) -> Record:
         """One update. Nothing that lasts is changed before both loss and gradient norm are known to be numbers."""
@@ -289,18 +320,26 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = 0.0
         for micro in range(c.grad_accum):
-            loss += self._loss(*self.loader.batch(self.position + micro)) / c.grad_accum
+            batch = self.loader.batch(self.position + micro)
+            loss += self._loss(*batch) / c.grad_accum
             if not math.isfinite(loss):
-                raise DivergenceError(self._diagnosis(self.step + 1, f"the loss is {loss}"))
+                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad(batch))
             # Micro-batches have equal numbers of tokens: the mean of their means is the mean over the step's tokens.
             self._loss.loss.backward(1.0 / c.grad_accum)
         norm = self.optimizer.clip_grad_norm(c.clip)
         if not math.isfinite(norm):
-            raise DivergenceError(self._diagnosis(self.step + 1, f"the gradient norm is {norm}"))
+            raise Trouble(self.step + 1, f"the gradient norm is {norm}", self._first_bad())
+        spike = self._spike(loss)
         lr, weight_decay = c.rates(self.step)
+        lr *= stability.rate_factor(self.events, self.step, c.rollback_lr)
         with self._interrupts.held():
             self.optimizer.step(lr, weight_decay)
-            codes = self.model.ternary_stats()  # requantizes now, not in the next forward pass: flips are this step's
+            # Requantizes now, not in the next forward pass: flips are this step's.
+            layers = [(name, layer.ternary_stats()) for name, layer in self.model.bitlinears()]
+            codes = TernaryStats.total(stats for _, stats in layers)
+            if c.layer_stats:
+                self.flips = {name: self.flips.get(name, 0) + stats.flipped for name, stats in layers}
+            self.watch = self.watch.after(loss)
             seconds = time.perf_counter() - start
             self.step += 1
             self.position += c.grad_accum
@@ -312,6 +351,7 @@ class Trainer:
                 "train_loss": loss,
                 "val_loss": None,
                 "perplexity": None,
+                "perplexity_ema": self.watch.perplexity,
                 "tokens_per_second": c.tokens_per_step / seconds,
                 "mfu": mfu.mfu(self._macs, self.peaks, seconds),
                 "lr": lr,
@@ -321,6 +361,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "memory": _core.memory_stats()["high_water"],
             }
+            if spike is not None:
+                self._report({"event": "spike", "step": self.step, "reason": spike})
         return self._pending
 
     def _finish(self, record: Record) -> None:
@@ -330,12 +372,18 @@ class Trainer:
         assert c.save_every is not None
         start = time.perf_counter()
         self.over = self._is_over()
+        lowest, stale, stop = self.lowest, self.stale, False
         if self.validation is not None and (self.over or self.step % c.eval_every == 0):
             loss = self.evaluate()
             if not math.isfinite(loss):
-                raise DivergenceError(self._diagnosis(self.step, f"the validation loss is {loss}"))
+                raise Trouble(self.step, f"the validation loss is {loss}", self._first_bad())
             record["val_loss"] = loss
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
+            lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + 1)
+            stop = 0 < c.patience <= stale and not self.over
+            self.over = self.over or stop
+        due = c.layer_stats and (self.over or self.step % c.layer_stats == 0)
+        self.layers = layer_record(self.step, self.model, self.flips) if due else None
         if self.history and self.history[-1]["step"] == self.step:
             self.history.pop()
         self.history.append(record)
@@ -343,10 +391,21 @@ class Trainer:
             callback.on_step(self, record)
         with self._interrupts.held():
             self._pending = None
+            self.lowest, self.stale = lowest, stale
+            if self.layers is not None:
+                self.flips = {}
             self.seconds += time.perf_counter() - start
+            if stop:
+                reason = f"step {self.step}: {stale} evaluations without a validation loss below {lowest}"
+                self._report({"event": "early_stop", "step": self.step, "reason": reason})
+        if self._writer.done:
+            self._settle()
         if self.out is not None and (self.over or self.step % c.save_every == 0):
+            name = stability.bad_weight(self.model)
+            if name is not None:
+                raise Trouble(self.step, "no checkpoint of these weights", stability.first_bad(self.model))
             try:
-                self.save()
+                self.save(due=True)
             except CheckpointError as error:
                 if self.over:
                     raise
@@ -381,22 +440,91 @@ class Trainer:
         whole = 0 if self.validation is None else (len(self.validation) - 1) // self.config.seq_len
         return min(whole, self.config.eval_blocks or whole)
 
-    def _diagnosis(self, step: int, what: str) -> str:
-        """One sentence on where a number was lost first, and one on how to go on."""
-        where = "every weight is finite"
-        for name, parameter in self.optimizer.parameters.items():
-            gradient = parameter.grad
-            if not np.isfinite(parameter.numpy(copy=True)).all():
-                where = f"the first weight that is not finite is in {name}"
-                break
-            if gradient is not None and not np.isfinite(gradient.numpy(copy=True)).all():
-                where = f"every weight is finite, the first gradient that is not is of {name}"
-                break
-        advice = f"nothing was updated: the weights are those of step {self.step}"
-        if self.out is not None and self._saved >= 0:
-            command = f"{self.resume_command} --lr {self.config.lr / 2:g}"
-            advice = f"go on from step {self._saved} with a lower rate: {command}"
-        return f"step {step}: {what}; {where}; {advice}"
+    # ---- trouble ----------------------------------------------------------------------------------------------------
+
+    def _first_bad(self, batch: Batch | None = None) -> str:
+        with ops.precision(self.config.precision):
+            return stability.first_bad(self.model, batch)
+
+    def _spike(self, loss: float) -> str | None:
+        """Trouble if a loss is a spike and a rollback is possible; what to report if it is not; None for no spike."""
+        c = self.config
+        assert c.warmup is not None
+        limit = self.watch.limit(c.spike)
+        if self.step < c.warmup or loss <= limit:
+            return None
+        trouble = Trouble(self.step + 1, f"the loss {loss:.4g} is a spike: {limit:.4g} would not be")
+        self._settle()
+        if self._good >= 0 and stability.rollbacks(self.events) < c.rollbacks:
+            raise trouble
+        return str(trouble)
+
+    def _report(self, event: Record) -> None:
+        """Notes an event in the state, the log and metrics.jsonl."""
+        self.events.append(event)
+        self.log(describe(event))
+        for callback in self._callbacks:
+            callback.on_event(self, event)
+
+    def _recover(self, trouble: Trouble) -> None:
+        """Back to the last checkpoint and past the batches since then; without one, past the batch of this step.
+
+        Raises DivergenceError if neither can be, or all rollbacks are used up.
+        """
+        c = self.config
+        assert c.warmup is not None
+        start = time.perf_counter()
+        with self._interrupts.held():
+            self._settle()
+            lost = trouble.step > self.step  # before the update: nothing has changed yet
+            end = self.position + (c.grad_accum if lost else 0)
+            if stability.rollbacks(self.events) >= c.rollbacks:
+                used = f"all {c.rollbacks} rollbacks are used up; " if c.rollbacks else ""
+                raise DivergenceError(f"{trouble}; {used}{self._advice()}") from None
+            good = self._good_checkpoint()
+            if good is None and (not lost or stability.bad_weight(self.model) is not None):
+                raise DivergenceError(f"{trouble}; there is no checkpoint to roll back to; {self._advice()}") from None
+            if good is not None:
+                assert self.out is not None
+                checkpoint.remove_newer(self.out, good.state["step"])
+                self._restore(good)
+                # Of the way that is lost, the rollbacks stay and nothing else.
+                past = [e for e in self.events if e["event"] in stability.COUNTED or e["step"] <= self.step]
+                self.events[:] = past
+                self.history[:] = [record for record in self.history if record["step"] <= self.step]
+            event = {
+                "event": "skip" if good is None else "rollback",
+                "step": trouble.step,
+                "to": self.step,
+                "skipped": [self.position, end],
+                "until": self.step + max(1, c.warmup, trouble.step - self.step),
+                "reason": str(trouble),
+            }
+            self.position, self._pending = end, None
+            self._report(event)
+            self.over = self._is_over()
+            self.seconds += time.perf_counter() - start
+
+    def _good_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint that was due; those written on the way out depend on when that was."""
+        if self.out is None or self._good < 0:
+            return None
+        for step in reversed(checkpoint.steps(self.out)):
+            try:
+                if step <= self._good:
+                    found = checkpoint.load(checkpoint.folder_of(self.out, step), optimizer=True)
+                    if found.state.get("good", step) == step:
+                        return found
+            except CheckpointError as error:
+                self.log(f"warning: {error}")
+        return None
+
+    def _advice(self) -> str:
+        """How to go on after trouble that no rollback ended."""
+        if self.out is None or self._saved < 0:
+            return f"the weights are those of step {self.step}"
+        command = f"{self.resume_command} --lr {self.config.lr / 2:g}"
+        return f"go on from step {self._saved} with a lower rate: {command}"
 
     # ---- survival ---------------------------------------------------------------------------------------------------
 
@@ -409,35 +537,67 @@ class Trainer:
         """The last step whose record is complete."""
         return self.step - (self._pending is not None)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present step into `out` and prunes old ones; CheckpointError leaves the others."""
+    def save(self, due: bool = False) -> Path:
+        """Writes a checkpoint of the present step into `out` and prunes old ones; CheckpointError leaves the others.
+
+        due: one of those at fixed steps, which a rollback may go back to; with background_save it is written while
+        training goes on, from a copy of everything in it, and the next one waits for it.
+        """
         if self.out is None:
             raise ConfigError("this trainer has no run folder (out) to save in")
+        self._settle()
         start = time.perf_counter()
         record = self._pending or (self.history[-1] if self.history else None)
         value = record["val_loss"] if record is not None else None
         best = self.best
         if value is not None and (best is None or value < best["val_loss"]):
             best = {"step": self.step, "val_loss": value}
+        step, good = self.step, self.step if due else self._good
         state = {
-            "step": self.step,
+            "step": step,
             "tokens": self.tokens,
             "loader": {"position": self.position, "order": self.config.order},
             "rng": {"seed": self.config.seed},  # every draw is a function of the seed and a counter above
             "seconds": self.seconds,
             "val_loss": value,
             "best": best,
+            "lowest": self.lowest,
+            "stale": self.stale,
+            "watch": asdict(self.watch),
+            "events": list(self.events),
+            "good": good,
+            "flips": self.flips,
             "pending": self._pending,
             "config": asdict(self.config),
             "data": _identity(self.dataset),
         }
-        path = checkpoint.save(self.out, self.step, self.model, self.optimizer.state_dict(), state, self.tokenizer)
-        self.best, self._saved = best, self.step
-        checkpoint.prune(self.out, self.config.keep, None if best is None else best["step"])
-        self._save_seconds = time.perf_counter() - start
+        out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
+        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
+
+        def write() -> _Written:
+            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer)
+            checkpoint.prune(out, keep, None if best is None else best["step"], good)
+            return _Written(path, step, good, best, time.perf_counter() - start)
+
+        if due and self.config.background_save and not self.over:
+            self._writer.begin(write)
+        else:
+            self._written(write())
+        return checkpoint.folder_of(out, step)
+
+    def _written(self, done: _Written) -> None:
+        """A checkpoint is on the disk."""
+        self.best, self._saved, self._good, self._save_seconds = done.best, done.step, done.good, done.seconds
         for callback in self._callbacks:
-            callback.on_checkpoint(self, path)
-        return path
+            callback.on_checkpoint(self, done.path)
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one; tells what went wrong with it."""
+        if self._writer.busy:
+            try:
+                self._written(self._writer.take())
+            except CheckpointError as error:
+                self.log(f"warning: {error}; training goes on")
 
     def resume(self) -> None:
         """Continues from the newest complete checkpoint of `out`; from the start if none was written yet.
@@ -461,24 +621,35 @@ class Trainer:
             raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
         self.config = _merged(self.config, saved.state["config"], str(saved.path))
         self._forget_tapes()
+        self._restore(saved)
+        self.seconds, self.events = saved.state["seconds"], saved.state.get("events", [])
+        self.log(f"resuming {self.out} at step {self.step}")
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Everything as it was, but for the time spent and the events."""
         self.model.load_state_dict(saved.weights)
         assert saved.optimizer is not None
         self.optimizer.load_state_dict(saved.optimizer)
         state = saved.state
         self.step, self.tokens, self.position = state["step"], state["tokens"], state["loader"]["position"]
-        self.seconds, self.best, self._pending = state["seconds"], state["best"], state["pending"]
+        self.best, self._pending = state["best"], state["pending"]
+        # Checkpoints of earlier versions begin to watch where they are.
+        self.watch = LossWatch(**state.get("watch", {}))
+        self.lowest, self.stale = state.get("lowest"), state.get("stale", 0)
+        self.flips, self._good = state.get("flips", {}), state.get("good", self.step)
         self._saved = self.step
-        self.log(f"resuming {self.out} at step {self.step}")
 
     def _rescue(self) -> str:
-        """After Ctrl-C: keep the present step if that is quick. Returns what to tell."""
+        """After Ctrl-C: keep the present step if that is quick; after SIGTERM always. Returns what to tell."""
         self._forget_tapes()  # one may have stopped half-way
+        self._settle()
         if self.out is None:
             return f"stopped at step {self.step}; fit() goes on"
         expected = self._save_seconds
         if expected is None:
             expected = 3 * 4 * self.model.num_parameters() / DISK_BYTES_PER_SECOND
-        if self.step > max(0, self._saved) and expected < QUICK_SECONDS:
+        wanted = expected < QUICK_SECONDS or self._interrupts.signal == signal.SIGTERM
+        if self.step > max(0, self._saved) and wanted:
             try:
                 with self._interrupts.held():
                     self.save()
@@ -486,6 +657,17 @@ class Trainer:
                 self.log(f"warning: {error}")
         kept = f"step {self._saved} is kept" if self._saved >= 0 else "no checkpoint yet"
         return f"stopped at step {self.step}, {kept}; go on with: {self.resume_command}"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a checkpoint on the disk changes."""
+
+    path: Path
+    step: int
+    good: int
+    best: dict[str, Any] | None
+    seconds: float
 
 
 def _identity(dataset: ShardDataset) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         put(tmp_path, step)
     partial = tmp_path / "checkpoints" / ".partial-step-00000007"
     partial.mkdir()
-    checkpoint.prune(tmp_path, 2, best=3)
+    checkpoint.prune(tmp_path, 2, 3)
     assert checkpoint.steps(tmp_path) == [3, 100, 5000]
     checkpoint.clean(tmp_path)
     assert not partial.exists()

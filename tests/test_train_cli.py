@@ -62,7 +62,7 @@ def test_a_whole_run(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (*chosen, f"next: python -m bitnet.generate {folder} -p"):
         assert words in out
     names = sorted(path.name for path in folder.iterdir())
-    assert names == "checkpoints data metrics.jsonl plots samples.txt train.yaml".split()
+    assert names == "checkpoints data layers.jsonl metrics.jsonl plots samples.txt train.yaml".split()
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record["val_loss"] > 0 and record["tokens_per_second"] > 0 for record in records)  # evaluated every step
@@ -191,7 +191,7 @@ def test_the_recipe_of_the_character_model_can_be_given_by_flags() -> None:
     config = settings.trainer.resolved(2000)
     assert config == TrainerConfig(
         steps=2000, batch_size=4, seq_len=256, order="random", lr=8e-4, min_lr=8e-5, warmup=100, weight_decay=0.1,
-        clip=1.0, eval_every=200, save_every=200,
+        clip=1.0, eval_every=200, save_every=200, layer_stats=200,
     )  # fmt: skip
     assert settings.model_config(65) == BitNetConfig.preset("char")
 
