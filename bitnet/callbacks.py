@@ -197,8 +197,14 @@ class Samples(Callback):
         except BitnetError as error:  # a prompt the tokenizer cannot spell is no reason to stop training
             text = f"(no sample: {error})"
         trainer.samples.append(prompt + text)
+        try:
+            self._append(f"=== step {record['step']}, validation loss {record['val_loss']:.4f}\n{prompt}{text}\n\n")
+        except OSError as error:
+            trainer.log(f"warning: {self.path} cannot be written: {error.strerror}")
+
+    def _append(self, text: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"=== step {record['step']}, validation loss {record['val_loss']:.4f}\n{prompt}{text}\n\n")
+            file.write(text)
 
 
 class Pictures(Callback):

@@ -169,6 +169,9 @@ def test_a_poisoned_batch_is_rolled_back_past(poisoned: Trainer) -> None:
     records = read_metrics(poisoned.out / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 101))
     assert records == poisoned.history
+    seconds = [record["seconds"] for record in records]  # what was lost took time too, which --minutes counts
+    assert seconds == sorted(seconds)
+    assert records[-1]["tokens"] == 100 * CONFIG.tokens_per_step  # those that the weights have learned from
     rates = {record["step"]: record["lr"] for record in records}
     assert rates[61] == pytest.approx(0.5 * CONFIG.resolved(100).rates(60)[0])
     assert rates[72] == CONFIG.resolved(100).rates(71)[0]

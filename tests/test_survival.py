@@ -74,7 +74,8 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
         ours, theirs = (checkpoint.folder_of(folder, 200) / name for folder in (run, undisturbed))
         assert ours.read_bytes() == theirs.read_bytes(), name
     assert metrics(run) == metrics(undisturbed)
-    assert (run / "samples.txt").read_text() == (undisturbed / "samples.txt").read_text()
+    for name in ("samples.txt", "layers.jsonl"):
+        assert (run / name).read_text() == (undisturbed / name).read_text()
 
 
 def test_killed_runs_end_in_the_same_bytes(text: Path, tmp_path: Path, undisturbed: Path) -> None:
@@ -86,7 +87,7 @@ def test_killed_runs_end_in_the_same_bytes(text: Path, tmp_path: Path, undisturb
         time.sleep(moment)
         process.kill()
         finish(process, -signal.SIGKILL)
-        process = start("--resume", run)
+        process = start("--resume", run, "--background-save")  # how checkpoints are written changes nothing in them
     finish(process)
     assert_same_end(run, undisturbed)
     assert [record["step"] for record in metrics(run)] == list(range(1, 201))
@@ -151,10 +152,12 @@ class DiskIsFull(Callback):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-def small_run(text: Path, out: Path, callback: Callback, log: Any) -> Trainer:
+def small_run(text: Path, out: Path, callback: Callback, log: Any, **options: Any) -> Trainer:
     folder = pack(text, out.parent / "pack", "bytes", seq_len=16, log=lambda line: None)
     model = BitNetForCausalLM(BitNetConfig(257, 64, 96, 1, 2, max_position_embeddings=64))
-    config = TrainerConfig(12, plots=False, batch_size=2, seq_len=16, save_every=3, eval_every=99, eval_blocks=4)
+    config = TrainerConfig(
+        12, plots=False, batch_size=2, seq_len=16, save_every=3, eval_every=99, eval_blocks=4, **options
+    )
     return Trainer(model, folder, config, out=out, callbacks=[callback], log=log)
 
 
@@ -165,6 +168,15 @@ def test_training_goes_on_while_the_disk_is_full(text: Path, tmp_path: Path) -> 
     assert len(warnings) == 1
     assert "step-00000006" in warnings[0]
     assert checkpoint.steps(tmp_path / "run") == [3, 9, 12]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
+
+
+def test_training_goes_on_while_the_disk_is_full_in_the_background(text: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    small_run(text, tmp_path / "run", DiskIsFull(1, 10), lines.append, background_save=True).fit()
+    warnings = [line for line in lines if "could not be written" in line]
+    assert ["step-00000003" in warnings[0], "step-00000006" in warnings[1]] == [True, True]
+    assert checkpoint.steps(tmp_path / "run") in ([12], [9, 12])  # 9 was on its way when room came back
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
