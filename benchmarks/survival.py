@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 FLAGS = (
-    "--tokenizer bytes --hidden-size 32 --intermediate-size 48 --num-hidden-layers 2 --num-attention-heads 2 "
-    "--threads 1 --batch-size 4 --seq-len 64 --warmup 10 --sample-tokens 16 --val-fraction 0.1 --plots false"
+    "--tokenizer bytes --hidden-size 128 --intermediate-size 256 --num-hidden-layers 2 --num-attention-heads 4 "
+    "--threads 1 --batch-size 8 --seq-len 64 --warmup 10 --sample-tokens 16 --val-fraction 0.1 --plots false"
 ).split()
 TIMINGS = ("seconds", "tokens_per_second", "mfu", "memory")
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
@@ -54,22 +54,25 @@ def metrics(run: Path) -> list[dict[str, object]]:
 
 
 def disturb(run: Path, begin: list[str], args: argparse.Namespace, draw: random.Random) -> Counter[str]:
-    """Runs to the end with interruptions; returns how many processes ended in which way."""
+    """Runs to the end with interruptions; returns how many there were of each kind."""
     ends: Counter[str] = Counter()
     words = begin
     for left in range(args.kills, 0, -1):
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             name = draw.choice(args.signals)
-            if draw.random() < 0.1:  # while it starts
+            if draw.random() < 0.2:  # while it starts
                 time.sleep(draw.uniform(0.0, 1.0))
             else:  # after some steps, at any place within one
-                wanted = logged(run) + draw.randint(1, max(2, 2 * (args.steps - logged(run)) // (left + 1)))
-                while process.poll() is None and logged(run) < wanted:
-                    time.sleep(0.002)
-                time.sleep(draw.uniform(0.0, 0.03))
+                wanted = logged(run) + draw.randint(0, max(1, 2 * (args.steps - logged(run)) // (left + 1)))
+                while process.poll() is None and logged(run) <= wanted:
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0.0, 0.01))
             process.send_signal(SIGNALS[name])
             status = process.wait()
-        ends[f"signal {name}" if status not in (0, 2) else f"status {status}"] += 1
+        if status == 0:
+            print(f"the run was over after {ends.total()} interruptions; more --steps leave time for {args.kills}")
+            return ends
+        ends[name] += 1
         if (run / "train.yaml").exists():
             words = command("--resume", run, *(["--background-save"] if args.background else []))
     subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
@@ -80,7 +83,7 @@ def main() -> int:
     """Returns 0 if both ends are the same, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="interruptions of the one run (50)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of both runs (200)")
+    parser.add_argument("--steps", type=int, default=250, help="steps of both runs (250)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=["kill"], help="drawn from for each (kill)")
     parser.add_argument("--poison", action="store_true", help="noise in the text: the run spikes and rolls back")
@@ -99,7 +102,8 @@ def main() -> int:
         same = {str(file): (run / file).read_bytes() == (quiet / file).read_bytes() for file in files}
         same["metrics.jsonl, timings aside"] = metrics(run) == metrics(quiet)
         events = Counter(str(record["event"]) for record in metrics(quiet) if "event" in record)
-    print(f"{args.steps} steps; ended by: {', '.join(f'{name} {count} x' for name, count in ends.items())}")
+    kinds = ", ".join(f"{name} {count} x" for name, count in ends.items())
+    print(f"{args.steps} steps, interrupted {ends.total()} times: {kinds}")
     print(f"events on the way: {', '.join(f'{name} {count} x' for name, count in events.items()) or 'none'}")
     for name, equal in same.items():
         print(f"{'the same' if equal else 'DIFFERENT'}: {name}")

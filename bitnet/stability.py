@@ -28,6 +28,7 @@ import numpy as np
 
 from bitnet import ops
 from bitnet._core import Tensor
+from bitnet.data import Batch
 from bitnet.errors import BitnetError
 from bitnet.metrics import Record
 from bitnet.model import BitNetForCausalLM
@@ -153,13 +154,13 @@ def bad_output(model: BitNetForCausalLM, tokens: np.ndarray[Any, Any], targets: 
             vars(module).pop("forward", None)
 
 
-def first_bad(model: BitNetForCausalLM, batch: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None) -> str:
-    """A clause that names the first bad tensor: of the parameters, the gradients, then the outputs for a batch."""
+def first_bad(model: BitNetForCausalLM, batches: Iterable[Batch] = ()) -> str:
+    """A clause that names the first bad tensor: of the parameters, the gradients, then the outputs for each batch."""
     name = bad_weight(model) or bad_gradient(model)
-    if name is None and batch is not None:
-        name = bad_output(model, *batch)
     if name is None:
-        return "every weight, gradient and output is finite"
+        name = next((found for found in (bad_output(model, *batch) for batch in batches) if found), None)
+    if name is None:
+        return "every weight and gradient is finite"
     return f"the first tensor that is not finite is {name}"
 
 

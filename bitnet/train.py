@@ -293,7 +293,8 @@ def _introduce(trainer: Trainer) -> None:
 def _conclude(trainer: Trainer, before: int) -> None:
     out, prompt = trainer.out, trainer.sample_prompt()
     if trainer.step == before:
-        print(f"{out} was complete at step {trainer.step}; train it further with --steps or --minutes")
+        early = " (it stopped early: --patience 0)" if 0 < trainer.config.patience <= trainer.stale else ""
+        print(f"{out} was complete at step {trainer.step}; train it further with --steps or --minutes{early}")
     if trainer.samples:
         print(f"\na sample:\n{trainer.samples[-1]}\n")
     best = trainer.best

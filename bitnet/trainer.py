@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -323,7 +323,7 @@ class Trainer:
             batch = self.loader.batch(self.position + micro)
             loss += self._loss(*batch) / c.grad_accum
             if not math.isfinite(loss):
-                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad(batch))
+                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad([batch]))
             # Micro-batches have equal numbers of tokens: the mean of their means is the mean over the step's tokens.
             self._loss.loss.backward(1.0 / c.grad_accum)
         norm = self.optimizer.clip_grad_norm(c.clip)
@@ -376,7 +376,8 @@ class Trainer:
         if self.validation is not None and (self.over or self.step % c.eval_every == 0):
             loss = self.evaluate()
             if not math.isfinite(loss):
-                raise Trouble(self.step, f"the validation loss is {loss}", self._first_bad())
+                blocks = eval_blocks(self.validation, c.batch_size, c.seq_len)
+                raise Trouble(self.step, f"the validation loss is {loss}", self._first_bad(blocks))
             record["val_loss"] = loss
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
             lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + 1)
@@ -401,9 +402,8 @@ class Trainer:
         if self._writer.done:
             self._settle()
         if self.out is not None and (self.over or self.step % c.save_every == 0):
-            name = stability.bad_weight(self.model)
-            if name is not None:
-                raise Trouble(self.step, "no checkpoint of these weights", stability.first_bad(self.model))
+            if stability.bad_weight(self.model) is not None:
+                raise Trouble(self.step, "no checkpoint of these weights", self._first_bad())
             try:
                 self.save(due=True)
             except CheckpointError as error:
@@ -442,9 +442,9 @@ class Trainer:
 
     # ---- trouble ----------------------------------------------------------------------------------------------------
 
-    def _first_bad(self, batch: Batch | None = None) -> str:
+    def _first_bad(self, batches: Iterable[Batch] = ()) -> str:
         with ops.precision(self.config.precision):
-            return stability.first_bad(self.model, batch)
+            return stability.first_bad(self.model, batches)
 
     def _spike(self, loss: float) -> str | None:
         """Trouble if a loss is a spike and a rollback is possible; what to report if it is not; None for no spike."""
@@ -502,7 +502,7 @@ class Trainer:
             }
             self.position, self._pending = end, None
             self._report(event)
-            self.over = self._is_over()
+            self.over = False  # where time is up, one more step ends the run as usual: evaluated and saved
             self.seconds += time.perf_counter() - start
 
     def _good_checkpoint(self) -> Checkpoint | None:

@@ -244,6 +244,44 @@ def test_without_a_checkpoint_the_batch_is_passed_over(folder: Path) -> None:
     assert stability.bad_weight(run.model) is None
 
 
+def test_a_validation_loss_that_is_no_number_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    """As above, in the held-out text."""
+
+    class HeldOut(ShardDataset):
+        def read(self, begin: int, end: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+            tokens = super().read(begin, end)
+            tokens[:: 16 * 7] = RARE
+            return tokens
+
+    bare = SHAPE.replace(input_norms=False, linear="linear")
+    config = replace(CONFIG, rollbacks=1, eval_every=25, sample_tokens=0)
+    grown = Set(21, "model.embed_tokens.weight", (RARE,), 1e38)
+    grown_again = Set(22, "model.embed_tokens.weight", (RARE,), 1e38)
+    held_out = HeldOut(folder, "validation")
+    run = trainer(folder, tmp_path, config, shape=bare, callbacks=[grown, grown_again], validation=held_out)
+    run.fit()
+    (event,) = run.events
+    assert (event["step"], event["to"], event["skipped"]) == (25, 20, [20, 25])
+    assert "the validation loss is nan; the first tensor that is not finite is the output of mo" in event["reason"]
+    assert all(record["val_loss"] is None or math.isfinite(record["val_loss"]) for record in run.history)
+
+
+def test_a_rollback_when_time_is_up_still_ends_as_usual(folder: Path, tmp_path: Path) -> None:
+    class Late(Set):
+        def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            if record["step"] == self.step:
+                trainer.seconds = 59.99999
+            super().on_step(trainer, record)
+
+    late = Late(25, "model.norm.weight", (3,), math.nan)
+    run = trainer(folder, tmp_path, replace(CONFIG, minutes=1.0), callbacks=[late])
+    run.fit()
+    assert run.events[0]["to"] == 20
+    assert run.step in (21, 26)  # 26 only if the clock lets a step pass
+    assert checkpoint.steps(tmp_path)[-1] == run.step
+    assert run.history[-1]["val_loss"] is not None
+
+
 def test_rollbacks_end(folder: Path, tmp_path: Path) -> None:
     class Always(Callback):
         def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -275,7 +313,7 @@ def test_a_spike_without_a_rollback_is_trained_through(folder: Path, tmp_path: P
 def test_the_first_bad_tensor_is_named() -> None:
     model = BitNetForCausalLM(SHAPE, 0)
     tokens = np.arange(32).reshape(2, 16)
-    assert stability.first_bad(model, (tokens, tokens)) == "every weight, gradient and output is finite"
+    assert stability.first_bad(model, [(tokens, tokens)]) == "every weight and gradient is finite"
     model(tokens, tokens).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
@@ -295,7 +333,7 @@ def test_the_first_bad_tensor_is_named() -> None:
         values[7, 7] = math.nan
         table.copy_(values)
     assert stability.bad_output(model, tokens, tokens) == "the output of model.embed_tokens"
-    assert stability.first_bad(model, (tokens, tokens)).endswith(" is model.embed_tokens.weight")
+    assert stability.first_bad(model, [(tokens, tokens)]).endswith(" is model.embed_tokens.weight")
 
 
 # ---- ends -----------------------------------------------------------------------------------------------------------
