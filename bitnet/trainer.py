@@ -161,9 +161,10 @@ class Trainer:
     """Trains a model on a pack: `Trainer(model, "runs/data", TrainerConfig(steps=500), out="runs/first").fit()`.
 
     dataset: a folder made by bitnet.data.pack, or its ShardDataset; its validation split is evaluated unless another is
-    given. out: the run folder (checkpoints, metrics.jsonl, samples.txt, plots); None keeps everything in `history`, a
-    list of records with the keys of metrics.jsonl. Losses are mean nats per token. callbacks come after the usual ones.
-    Raises ConfigError if model, data and config do not fit, DataError for damaged data.
+    given. out: the run folder (checkpoints, metrics.jsonl, layers.jsonl, samples.txt, plots); None keeps everything in
+    `history`, a list of records with the keys of metrics.jsonl, and `events`, what bitnet/stability.py tells of. Losses
+    are mean nats per token. callbacks come after the usual ones. Raises ConfigError if model, data and config do not
+    fit, DataError for damaged data.
     """
 
     def __init__(
@@ -574,7 +575,10 @@ class Trainer:
         out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
 
+        old = (None if self.best is None else self.best["step"], self._good)
+
         def write() -> _Written:
+            checkpoint.prune(out, keep, *old)  # room on the disk, where `keep` became smaller
             path = checkpoint.write(out, step, config, weights, moments, state, tokenizer)
             checkpoint.prune(out, keep, None if best is None else best["step"], good)
             return _Written(path, step, good, best, time.perf_counter() - start)

@@ -176,6 +176,22 @@ def test_the_step_goes_on_while_a_checkpoint_is_written(
     assert checkpoint.steps(tmp_path) == [8, 12]
 
 
+def test_a_smaller_keep_makes_room_before_the_next_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(folder, tmp_path, keep=6, save_every=2).fit()
+    best = json.loads((checkpoint.folder_of(tmp_path, 12) / "state.json").read_text())["best"]["step"]
+    assert checkpoint.steps(tmp_path) == [2, 4, 6, 8, 10, 12]
+
+    def full(*arguments: Any) -> Path:
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(CheckpointError, match="no room"):
+        trainer(folder, tmp_path, keep=1, save_every=2, steps=14).fit(resume=True)
+    assert checkpoint.steps(tmp_path) == sorted({best, 12})
+
+
 # ---- other loggers --------------------------------------------------------------------------------------------------
 
 
