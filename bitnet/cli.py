@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": ("bitnet.chat", "talk with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
     "lm-eval": ("bitnet.harness", "tasks of the lm-evaluation-harness, beside published results"),
+    "report": ("bitnet.report", "one HTML page on runs: curves, gaps, layers, samples"),
     "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
     "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),
     "import": ("bitnet.import_cli", "take in a checkpoint of Hugging Face, a GGUF or an ONNX file"),
