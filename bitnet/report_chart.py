@@ -29,13 +29,14 @@ SMOOTHING = 0.9
 
 @dataclass(frozen=True)
 class Curve:
-    """x and y (N,) of one run; css: its classes; raw: noisy, so drawn faint with a smoothed line over it."""
+    """x and y (N,) of one run; css: its classes; raw: noisy, so smoothed, and faint as it is behind that."""
 
     x: Array
     y: Array
     css: str
     name: str
     raw: bool = False
+    faint: bool = True
     dots: bool = False
 
 
@@ -122,7 +123,7 @@ def line_chart(
             f'<path class="event {css}" d="M{px(x_value)} {TOP}v{inner[1]}"><title>{escape(text)}</title></path>'
         )
     for curve, parts in drawn:
-        if curve.raw:
+        if curve.raw and curve.faint:
             out.append(f'<path class="raw {curve.css}" d="{_area(parts, px, py)}"/>')
     for curve, parts in drawn:
         path = _line(parts.x, parts.y, px, py)

@@ -18,6 +18,7 @@ from bitnet.report_text import escape, percent
 
 MOST_EXTRA = 12  # curves that this version has no words for
 MOST_EVENT_LINES = 200
+MOST_FAINT = 6  # runs whose single steps are drawn behind the smoothed curves
 
 Spec = tuple[str, str, str, dict[str, Any]]  # curve, title, what it is, options of line_chart
 LOSSES: tuple[Spec, ...] = (
@@ -102,7 +103,7 @@ def _curve_figure(shown: Sequence[Shown], spec: Spec) -> str:
         drawn = [
             Curve(
                 one.run.curves[axis], one.run.curve(name), one.css, one.run.name,
-                raw=name not in SMOOTH, dots=name == "val_loss",
+                raw=name not in SMOOTH, faint=len(shown) <= MOST_FAINT, dots=name == "val_loss",
             )
             for one in shown
         ]  # fmt: skip

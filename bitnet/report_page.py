@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet import __version__
 from bitnet import report_figures as figures
 from bitnet import report_text as text
 from bitnet.report_data import Run, differing, twin_of
@@ -53,7 +54,7 @@ def page(runs: Sequence[Run], title: str | None = None) -> str:
 <body>
 <main>
 {body}
-<footer>Made by bitnet report from {escape(", ".join(run.name for run in runs))}.</footer>
+<footer>Made by bitnet {__version__}.</footer>
 </main>
 <div id="tip"></div>
 <script>
@@ -75,17 +76,21 @@ def _shown(runs: list[Run]) -> list[Shown]:
         twin = twins[id(run)]
         if twin is not None:
             hues.setdefault(id(twin), hues[id(run)])
-    return [Shown(run, place, hues[id(run)] % HUES, twins[id(run)]) for place, run in enumerate(runs)]
+    return [Shown(run, place, hues[id(run)], twins[id(run)]) for place, run in enumerate(runs)]
 
 
 def _run_rules(shown: list[Shown]) -> str:
     """The style rules of this page's runs: their colours, and how a check box hides one."""
     hues = sorted({one.hue for one in shown})
-    colours = (f".hue-{hue} {{ --c: var(--c{hue}); }}\nsvg .hue-{hue} {{ stroke: var(--c{hue}); }}\n" for hue in hues)
+    colours = (
+        f".hue-{hue} {{ --c: var(--c{hue % HUES}); }}\nsvg .hue-{hue} {{ stroke: var(--c{hue % HUES}); }}\n"
+        for hue in hues
+    )
     hidden = (
         f"body:has(#show-{one.number}:not(:checked)) svg .run-{one.number} {{ display: none; }}\n" for one in shown
     )
-    return "".join([*colours, *hidden])
+    dotted = (f".line.hue-{hue} {{ stroke-dasharray: {1 + hue // HUES} 4; }}\n" for hue in hues if hue >= HUES)
+    return "".join([*colours, *dotted, *hidden])
 
 
 def _table(head: Iterable[str], rows: Iterable[tuple[Shown, str]], identity: str, css: str = "") -> str:
@@ -197,8 +202,21 @@ def _runs(shown: list[Shown]) -> str:
         "Losses are nats per token; speed and MFU are medians over the steps. The gap is what ternary weights cost: "
         "the validation loss minus that of the full-precision run of the same text, seed and shape."
     )
-    notes = (f'<p class="note">{escape(one.run.name)}: {escape(note)}.</p>' for one in shown for note in one.run.notes)
-    return f"<section><h2>Runs</h2><p>{about}</p>{_table(head, rows, 'runs')}{''.join(notes)}</section>"
+    return f"<section><h2>Runs</h2><p>{about}</p>{_table(head, rows, 'runs')}{_notes(shown)}</section>"
+
+
+def _notes(shown: list[Shown]) -> str:
+    """What is missing, and of which runs."""
+    names: dict[str, list[str]] = {}
+    for one in shown:
+        for note in one.run.notes:
+            names.setdefault(note, []).append(one.run.name)
+    lines = []
+    for note, of in names.items():
+        who = "all runs" if len(of) == len(shown) > 1 else ", ".join(of[:MOST_OPEN])
+        more = f" and {len(of) - MOST_OPEN} more" if who != "all runs" and len(of) > MOST_OPEN else ""
+        lines.append(f'<p class="note">{escape(who)}{more}: {escape(note)}.</p>')
+    return "".join(lines)
 
 
 def _cell(name: str, value: float, shown: str, note: str = "", css: str = "") -> str:
@@ -267,6 +285,7 @@ def _options(shown: list[Shown]) -> str:
         out += ["<p>Those that are not the same in all runs.</p>", _table(names, rows, "differing", "options")]
     elif len(runs) > 1:
         out.append("<p>All that can change a result is the same in these runs.</p>")
+    parts = []
     for run in runs:
         values = run.options | {f"model: {name}": value for name, value in run.model.items()}
         cells = "".join(
@@ -275,5 +294,7 @@ def _options(shown: list[Shown]) -> str:
         )
         table = f'<div class="card scroll"><table class="plain"><tbody>{cells}</tbody></table></div>'
         nothing = '<p class="note">none recorded</p>'
-        out.append(f"<details><summary>All of {escape(run.name)}</summary>{table if cells else nothing}</details>")
+        parts.append(f"<details><summary>All of {escape(run.name)}</summary>{table if cells else nothing}</details>")
+    every = "".join(parts)
+    out.append(every if len(runs) <= MOST_OPEN else f"<details><summary>All of each run</summary>{every}</details>")
     return "".join([*out, "</section>"])

@@ -185,7 +185,7 @@ def test_broken_runs_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     assert found.cells("train_loss") == [None, 5.0, 5.0]
     notes = " ".join(found.texts["p"])
     assert "empty: metrics.jsonl holds no step" in notes
-    assert "one: no layers.jsonl" in notes
+    assert "empty, one: no layers.jsonl" in notes
     assert "odd: train.yaml cannot be read" in notes
     for text in ("nan", "inf"):
         assert not [attrs for tag, attrs in found.elements if tag == "path" and text in (attrs.get("d") or "")]
