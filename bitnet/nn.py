@@ -162,6 +162,11 @@ class Module:
         head = f"{type(self).__name__}({self.extra_repr()}"
         return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
 
+    def _repr_html_(self) -> str:
+        from bitnet.display import module_html
+
+        return module_html(self)
+
 
 class ModuleList(Module):
     """Modules by number."""
@@ -209,6 +214,11 @@ class TernaryStats:
         """Bits per weight of the code distribution: at most log2(3) = 1.585."""
         shares = [n / self.count for n in (self.minus, self.zero, self.plus) if n]
         return abs(sum(share * math.log2(share) for share in shares))
+
+    def _repr_html_(self) -> str:
+        from bitnet.display import stats_html
+
+        return stats_html(self)
 
     @staticmethod
     def total(parts: Iterable[TernaryStats]) -> TernaryStats:

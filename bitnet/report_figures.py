@@ -23,7 +23,7 @@ MOST_FAINT = 6  # runs whose single steps are drawn behind the smoothed curves
 Spec = tuple[str, str, str, dict[str, Any]]  # curve, title, what it is, options of line_chart
 LOSSES: tuple[Spec, ...] = (
     ("val_loss", "Validation loss", "nats per token, held out", {"label_ends": True}),
-    ("train_loss", "Training loss", "nats per token; faint: every step", {}),
+    ("train_loss", "Training loss", "nats per token, smoothed", {}),
 )
 OTHERS: tuple[Spec, ...] = (
     ("lr", "Learning rate", "", {"zero": True}),
