@@ -25,6 +25,9 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "01_ternary": "WIDEST = 256",
     "02_train_small": "TEXT_BYTES, VOCAB_SIZE, HIDDEN_SIZE, STEPS = 400_000, 512, 96, 20",
+    "03_autograd": "STEPS, DIRECTIONS = 20, 2",
+    "04_generate": "TEXT_BYTES, STEPS = 600_000, 10",
+    "05_twin": "TEXT_BYTES, STEPS, SEEDS = 400_000, 8, 2",
 }
 MOST_BYTES = 400_000
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|var)/|[A-Z]:\\")
