@@ -151,7 +151,7 @@ class Thinned:
 
 def thin(curve: Curve, most: int) -> Thinned:
     """A curve in at most `most` points: a raw one averaged and smoothed, of others the last point of each stretch."""
-    known = np.isfinite(curve.x) & np.isfinite(curve.y)
+    known = (curve.x >= 0) & np.isfinite(curve.x) & np.isfinite(curve.y)
     x, y = curve.x[known], curve.y[known]
     if not len(x):
         return Thinned(x, y, y, y)

@@ -27,6 +27,8 @@ Array = np.ndarray[Any, Any]
 MOST_LAYER_STEPS = 120  # columns of a heat map
 MOST_SAMPLES = 8
 SAMPLE_CHARACTERS = 1200
+MOST_LAYERS = 2000
+LARGEST = 1e30  # of a number that is drawn; beyond, a sum of two might not be a number
 BINS = 64  # of a layer's histogram, from -3 to 3 scales
 # Options that say where a run lies and how it is shown, not what it computes.
 INCIDENTAL = (
@@ -195,11 +197,7 @@ def gaps(run: Run, twin: Run) -> tuple[Array, Array]:
 def differing(runs: list[Run]) -> list[str]:
     """Names of options that are not the same in all runs, without those that cannot change a result."""
     names = dict.fromkeys(name for run in runs for name in run.options)
-    return [
-        name
-        for name in names
-        if name not in INCIDENTAL and len({json.dumps(run.option(name), default=str) for run in runs}) > 1
-    ]
+    return [name for name in names if name not in INCIDENTAL and len({str(run.option(name)) for run in runs}) > 1]
 
 
 def _metrics(folder: Path, notes: list[str]) -> tuple[dict[str, Array], list[Record]]:
@@ -207,7 +205,7 @@ def _metrics(folder: Path, notes: list[str]) -> tuple[dict[str, Array], list[Rec
     try:
         records = read_metrics(folder / "metrics.jsonl")
     except (OSError, UnicodeDecodeError) as error:
-        notes.append(f"metrics.jsonl cannot be read: {error}")
+        notes.append(f"metrics.jsonl cannot be read: {_first_line(error)}")
         records = []
     events = [record for record in records if "event" in record]
     kept: list[Record] = []
@@ -233,7 +231,7 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + str(name), float(value)
+            yield prefix + str(name), float(value) if abs(value) < LARGEST else math.nan
 
 
 def _options(folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -243,7 +241,7 @@ def _options(folder: Path, notes: list[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        notes.append(f"train.yaml cannot be read: {str(error).splitlines()[0]}")
+        notes.append(f"train.yaml cannot be read: {_first_line(error)}")
         return {}
     return {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
 
@@ -252,7 +250,7 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
+        notes.append(f"{path.name} cannot be read: {_first_line(error)}")
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -275,6 +273,8 @@ def _samples(path: Path) -> list[Sample]:
     for head in re.finditer(r"^=== step (\d{1,15}), validation loss (\S{1,20})$", text, re.MULTILINE):
         if not heads or int(head[1]) > int(heads[-1][1]):  # else a line that the model wrote
             heads.append(head)
+    if not heads:
+        return []
     ends = [*(head.start() for head in heads[1:]), len(text)]
     samples = [
         Sample(int(head[1]), head[2], text[head.end() : end].strip("\n")[:SAMPLE_CHARACTERS])
@@ -286,9 +286,11 @@ def _samples(path: Path) -> list[Sample]:
 def _checkpoints(folder: Path) -> Iterator[SavedStep]:
     for step in steps(folder):
         path = folder_of(folder, step)
-        loss = _json(path / STATE, []).get("val_loss")
-        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        yield SavedStep(step, float(loss) if isinstance(loss, (int, float)) else math.nan, size)
+        try:
+            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        except OSError:  # a run that is still training pruned it
+            continue
+        yield SavedStep(step, _number(_json(path / STATE, []).get("val_loss")), size)
 
 
 def _parameters(path: Path) -> int | None:
@@ -316,14 +318,16 @@ def _layers(path: Path, notes: list[str]) -> Layers | None:
                     record = json.loads(file.readline())
                 except ValueError:  # the last line, cut short
                     continue
-                if isinstance(record, dict) and isinstance(record.get("layers"), dict) and "step" in record:
+                if not isinstance(record, dict) or not isinstance(record.get("layers"), dict):
+                    continue
+                if math.isfinite(_number(record.get("step"))):
                     records.append(record)
     except OSError:
         notes.append(
             "no layers.jsonl, so no histograms and no maps of its layers: runs before it was written have none"
         )
         return None
-    names = list(dict.fromkeys(name for record in records for name in record["layers"]))
+    names = list(dict.fromkeys(name for record in records for name in record["layers"]))[:MOST_LAYERS]
     if not names:
         notes.append("layers.jsonl tells of no ternary layer, so no histograms and no maps")
         return None
@@ -331,7 +335,9 @@ def _layers(path: Path, notes: list[str]) -> Layers | None:
     counts = np.zeros((len(names), BINS, len(records)))
     for column, record in enumerate(records):
         for row, name in enumerate(names):
-            layer = record["layers"].get(name, {})
+            layer = record["layers"].get(name)
+            if not isinstance(layer, dict):
+                continue
             zero[row, column] = _number(layer.get("zero"))
             flip[row, column] = _number(layer.get("flip"))
             histogram = layer.get("histogram")
@@ -341,8 +347,15 @@ def _layers(path: Path, notes: list[str]) -> Layers | None:
     return Layers(steps, names, zero, flip, np.nan_to_num(counts))
 
 
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the path: the page travels."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+    return float(value) if isinstance(value, (int, float)) and abs(value) < LARGEST else math.nan
 
 
 def spread(count: int, most: int) -> list[int]:

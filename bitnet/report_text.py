@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 UNKNOWN = "–"
+MOST_ITEMS, MOST_CHARACTERS = 20, 300  # of an option's value
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
@@ -27,11 +27,8 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(plain(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return json.dumps(value, default=str)
-    text = str(value)
-    return Path(text).name if text.startswith("/") else text
+        return ", ".join(_short(str(item)) for item in value[:MOST_ITEMS]) or "none"
+    return _short(str(value))
 
 
 def number(value: float) -> str:
@@ -49,6 +46,10 @@ def number(value: float) -> str:
 def percent(value: float) -> str:
     """A share for a tick."""
     return f"{100 * value:.4g}%"
+
+
+def _short(text: str) -> str:
+    return Path(text).name if text.startswith("/") else text[:MOST_CHARACTERS]
 
 
 def nats(value: float) -> str:

@@ -192,6 +192,27 @@ def test_broken_runs_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     page_of(empty)
 
 
+def test_damage_anywhere_never_stops_a_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(step) for step in range(8, 12)])
+    add_layers(run, range(1, 4), layers=2)
+    saved = run / "checkpoints" / "step-00000010"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text('{"val_loss": 2.0, "config": {"seed": 1}}')
+    (saved / "config.json").write_text('{"linear": "bitlinear", "hidden_size": 64}')
+    (saved / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    (run / "samples.txt").write_text("=== step 10, validation loss 2.3\nabc\n\n")
+    rng = np.random.default_rng(1)
+    scraps = [b"1e999", b"-1", b"NaN", b"null", b"{}", b"[]", b'"', b"\xff", b"9" * 400, b": &a [*a]", b"\n", b""]
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for _ in range(15):
+            begin, length = int(rng.integers(len(whole))), int(rng.integers(12))
+            scrap = scraps[rng.integers(len(scraps))]
+            path.write_bytes(whole[:begin] + scrap + whole[begin + length :])
+            page_of(run)
+        path.write_bytes(whole)
+
+
 def test_events_and_steps_done_again(tmp_path: Path) -> None:
     records = [record(step) for step in range(1, 8)]
     again = [record(step, train_loss=1.0) for step in range(5, 10)]
