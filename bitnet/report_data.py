@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.checkpoint import CONFIG, STATE, WEIGHTS, folder_of, steps
+from bitnet.checkpoint import STATE, WEIGHTS, folder_of, steps
 from bitnet.errors import ConfigError
-from bitnet.metrics import Record, read_metrics
+from bitnet.formats.hf_config import CONFIG
+from bitnet.metrics import Record, read_lines
 from bitnet.shard import MANIFEST
 
 Array = np.ndarray[Any, Any]
@@ -203,7 +204,7 @@ def differing(runs: list[Run]) -> list[str]:
 def _metrics(folder: Path, notes: list[str]) -> tuple[dict[str, Array], list[Record]]:
     """Curves of the steps that count (those not done again after a rollback), and the events."""
     try:
-        records = read_metrics(folder / "metrics.jsonl")
+        records = read_lines(folder / "metrics.jsonl")
     except (OSError, UnicodeDecodeError) as error:
         notes.append(f"metrics.jsonl cannot be read: {_first_line(error)}")
         records = []
