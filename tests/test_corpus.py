@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -119,7 +121,7 @@ def test_stdlib_is_this_interpreters_and_the_same_each_time() -> None:
     once = list(stdlib(max_bytes=2_000_000))
     assert once == list(stdlib(max_bytes=2_000_000))
     assert 1_000_000 < sum(len(text.encode()) for text in once) <= 2_000_000
-    paths = [path for path, _ in stdlib()._files]
+    paths = stdlib().files
     assert {"json", "asyncio"} <= {path.parent.name for path in paths}
     assert not any({"site-packages", "encodings"} & set(path.parts) for path in paths)
 
@@ -174,3 +176,57 @@ def test_default_fractions() -> None:
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="validation fraction"):
             Split.choose(Survey(1, 10, ""), fraction)
+
+
+def test_records_of_every_kind_are_the_same_documents(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"body": f"text {i} \u00e9", "meta": {"score": i / 2}, "id": i} for i in range(700)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    two_frames = zstandard.compress(data[:5000]) + zstandard.compress(data[5000:])
+    put(tmp_path, {"a.jsonl": data, "b.jsonl.gz": gzip.compress(data), "c.jsonl.zst": two_frames})
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=300)
+    found = [*Corpus([tmp_path], text_field="body", fields=["meta.score", "absent"]).documents()]
+    assert [document.text for document in found] == [row["body"] for row in rows] * 4
+    assert [document.fields for document in found] == [{"meta.score": i / 2} for i in range(700)] * 4
+    names = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"]
+    assert [document.source for document in found[::700]] == [f"{tmp_path.name}/{name}" for name in names]
+    for name in ("a.jsonl", "d.parquet"):
+        with pytest.raises(DataError, match=rf"{name} (line|row) 1 has no string named 'text'"):
+            list(Corpus([tmp_path / name]))
+
+
+def test_damaged_zstd_and_parquet(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    whole = zstandard.compress(lines(*map(str, range(100))))
+    for data in (whole[:-3], whole[:8], b"plain", whole[:30] + b"\xff" * 20 + whole[50:]):
+        put(tmp_path, {"x.jsonl.zst": data})
+        with pytest.raises(DataError, match=r"x\.jsonl\.zst"):
+            list(documents([tmp_path]))
+    put(tmp_path, {"x.parquet": b"PAR1 and not more"})
+    with pytest.raises(DataError, match=r"x\.parquet is a damaged Parquet file"):
+        list(documents([tmp_path / "x.parquet"]))
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the library: the network is not asked, but what would be asked for is."""
+    asked = []
+
+    def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+        asked.append((args, options))
+        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+    library = types.ModuleType("datasets")
+    monkeypatch.setattr(library, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert list(Corpus(["hub:owner/name@abc123#sample-10BT/validation", "hub:plain"])) == ["one", "two"] * 2
+    assert asked == [
+        (("owner/name", "sample-10BT"), {"split": "validation", "revision": "abc123", "streaming": True}),
+        (("plain", None), {"split": "train", "revision": None, "streaming": True}),
+    ]
+    with pytest.raises(ConfigError, match="is not of the form hub:OWNER/NAME"):
+        Corpus(["hub:a/b/c"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"hub:plain needs datasets: pip install 'bitnet\[data\]'"):
+        list(Corpus(["hub:plain"]))
