@@ -45,6 +45,8 @@ VERSION = 1
 HEADER = struct.Struct("<8sIIIIQQ32s32s20s")  # and the CRC-32 that follows
 HEADER_BYTES = HEADER.size + 4
 MAX_VOCAB = 2**31 - 1  # ids are handed out as int32
+SUFFIX = ".shard"
+SUFFIXES = (SUFFIX,)
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "bitnet pack 1"
 

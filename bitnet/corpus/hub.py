@@ -45,7 +45,7 @@ class HubSource:
             )
             for number, record in enumerate(rows):
                 where = f"{PREFIX}{self.name} row {number + 1}"
-                document = of_record(dict(record), text_field, wanted, self.name, where)
+                document = of_record(dict(record), text_field, wanted, PREFIX + self.name, where)
                 if document is not None:
                     yield document
         except (OSError, ValueError, RuntimeError) as error:

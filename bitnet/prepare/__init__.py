@@ -1,0 +1,13 @@
+"""What happens to documents before they are packed: filters, duplicates, the held-out split, shards.
+
+screening.py   one pass that decides which documents stay: filters.py, exact.py, near.py
+pipeline.py    screening, then the tokenizer, then shards.py, then the manifest
+workers.py     the same results in the same order from any number of processes
+unfinished.py  what a pack that was killed goes on from
+"""
+
+from bitnet.prepare.filters import Filters
+from bitnet.prepare.pipeline import SHARD_TOKENS, SPLITS, pack
+from bitnet.prepare.screening import DEDUP, Preparation
+
+__all__ = ["DEDUP", "SHARD_TOKENS", "SPLITS", "Filters", "Preparation", "pack"]

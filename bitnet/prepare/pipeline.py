@@ -1,0 +1,281 @@
+"""From text to a pack: screen the corpus, choose the split, train the tokenizer, write the shards, then the manifest.
+
+The same text and options give the same bytes in every file, with any number of workers, killed and begun again or not:
+nothing of time, place or machine is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitnet.corpus import Corpus, Counter, Split, Survey, stdlib, stdlib_name
+from bitnet.data import ShardDataset
+from bitnet.errors import BitnetError, ConfigError, DataError
+from bitnet.prepare.progress import Progress
+from bitnet.prepare.screening import Preparation, Screening, screen
+from bitnet.prepare.shards import Series
+from bitnet.prepare.unfinished import FOLDER, Unfinished
+from bitnet.prepare.workers import batches, ordered_map
+from bitnet.shard import MANIFEST, SUFFIXES, read_manifest, write_manifest
+from bitnet.tokenizer import SPECS, Tokenizer, build_tokenizer
+
+Source = str | Path | Iterable[str | Path]
+Log = Callable[[str], None]
+
+SPLITS = ("train", "validation")
+SHARD_TOKENS = 1 << 27  # 256 MB of 16-bit tokens
+SAMPLE_BYTES = 32 << 20  # text the tokenizer is trained on: five seconds for BPE, and more text changes few pieces
+
+
+def pack(
+    source: Source,
+    out: str | Path,
+    tokenizer: str = "sentencepiece",
+    vocab_size: int = 4096,
+    *,
+    seq_len: int = 256,
+    val_fraction: float | None = None,
+    separator: str | None = None,
+    text_field: str = "text",
+    max_bytes: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    preparation: Preparation | None = None,
+    workers: int = 1,
+    log: Log = print,
+) -> Path:
+    """Tokenize text into shards in folder `out`, for ShardDataset; returns the folder.
+
+    source: "stdlib", or one or more paths (see Corpus). tokenizer: see build_tokenizer. seq_len: the training split
+    must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator, text_field,
+    max_bytes: see Corpus. preparation: which documents to leave out. workers: processes; no byte depends on them.
+
+    A pack already there is kept if it was made from the same text and options, replaced if not; one that was killed
+    in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
+    ConfigError.
+    """
+    if shard_tokens < 1:
+        raise ConfigError(f"shard_tokens must be at least 1, not {shard_tokens}")
+    out = Path(out)
+    prepare = preparation or Preparation()
+    corpus, name = open_corpus(source, separator, max_bytes, text_field, prepare.filters.fields)
+    old = _pack_in(out)
+    # A trained tokenizer follows from the text and these words; one that is loaded is known by its own fingerprint.
+    loaded = None if tokenizer in SPECS else build_tokenizer(tokenizer, [], 0)
+    made_by: list[Any] = [tokenizer, vocab_size] if loaded is None else [loaded.fingerprint()]
+    options = [val_fraction, shard_tokens, made_by, prepare.settings()]
+    unfinished = Unfinished(out)
+    stamp = _key(corpus.stamp(), options)
+    found = unfinished.screening(stamp)
+    if found is None:
+        with Progress("reading", None) as bar:
+            found = screen(corpus, prepare, val_fraction, workers, bar.add)
+    else:
+        log(f"{out} holds an unfinished pack: going on with it")
+    survey = Survey(found.kept_documents, found.kept_bytes, found.survey.sha256)
+    log(f"text: {name}: {found.survey.documents:,} documents, {found.survey.bytes / 1e6:.2f} MB" + _skips(corpus))
+    if found.dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.dropped.items())
+        log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
+    split = Split.choose(survey, val_fraction)
+    log(f"held out for validation: {split}")
+    key = _key(survey.sha256, split.fraction, split.by_position, shard_tokens, made_by, prepare.settings())
+    if old.get("key") == key and _is_whole(out):
+        log(f"{out} already holds this pack: nothing to do")
+    else:
+        if old:
+            log(f"{out} holds a pack of other text or options: replacing it")
+            _remove(out, old)
+        if unfinished.screening(stamp) is None:
+            unfinished.begin(stamp, found)
+            _sweep(out)
+        try:
+            chosen = loaded or unfinished.tokenizer()
+            if chosen is None:
+                chosen = _train(tokenizer, corpus, found, split, vocab_size, log)
+                unfinished.keep_tokenizer(chosen)
+            splits = _write(out, corpus, found, split, chosen, shard_tokens, workers, unfinished, log)
+        except BitnetError:
+            unfinished.discard()  # going on would meet the same text again
+            _sweep(out)
+            raise
+        text = {"name": name, **asdict(survey), "validation": str(split), "files": found.sources}
+        if not prepare.keeps_everything:
+            text |= {"read": found.survey.documents, "filters": prepare.settings(), "left_out": found.dropped}
+        about = {
+            "name": chosen.name,
+            "vocab_size": chosen.vocab_size,
+            "fingerprint": chosen.fingerprint(),
+            "files": chosen.save(out),
+        }
+        write_manifest(out, {"key": key, "source": text, "tokenizer": about, "splits": splits})
+    unfinished.discard()
+    _report(out, seq_len, log)
+    return out
+
+
+def open_corpus(
+    source: Source,
+    separator: str | None = None,
+    max_bytes: int | None = None,
+    text_field: str = "text",
+    fields: Iterable[str] = (),
+) -> tuple[Corpus, str]:
+    """The corpus of a recipe or of paths, and what a manifest calls it."""
+    if source == "stdlib":
+        return stdlib(max_bytes), stdlib_name()
+    paths = [source] if isinstance(source, (str, Path)) else list(source)
+    names = [str(path) if str(path).startswith("hub:") else Path(path).name for path in paths]
+    return Corpus(paths, separator, max_bytes, text_field=text_field, fields=fields), ", ".join(names)
+
+
+def _report(out: Path, seq_len: int, log: Log) -> None:
+    for part in read_manifest(out)["splits"]:
+        dataset = ShardDataset(out, part)
+        files = len(dataset.shards)
+        log(f"{part}: {len(dataset):,} tokens, {dataset.bytes_per_token:.2f} bytes each, in {files} shard(s)")
+        if len(dataset) <= seq_len:
+            message = f"the {part} split has {len(dataset)} tokens, too few for a window of {seq_len}"
+            if part == SPLITS[0]:
+                raise DataError(message)
+            log(f"note: {message}")
+
+
+def _skips(corpus: Corpus) -> str:
+    if not corpus.skipped:
+        return ""
+    return f" ({len(corpus.skipped)} files skipped that are not UTF-8 text, the first {min(corpus.skipped)})"
+
+
+def _train(spec: str, corpus: Corpus, found: Screening, split: Split, vocab_size: int, log: Log) -> Tokenizer:
+    """Trained on the training side only, except an alphabet, which has to cover the validation side too."""
+    start = time.perf_counter()
+    kept = (text for _, text in found.kept(corpus))
+    texts = kept if spec == "chars" else (text for text in (split.parts(whole)[0] for whole in kept) if text)
+    tokenizer = build_tokenizer(spec, texts, vocab_size, every=max(1, -(-found.kept_bytes // SAMPLE_BYTES)))
+    seconds = time.perf_counter() - start
+    log(f"tokenizer: {spec}, {tokenizer.vocab_size} ids, {seconds:.1f} s")
+    if spec.startswith("sentencepiece") and tokenizer.vocab_size < vocab_size:
+        log(f"note: this text supports {tokenizer.vocab_size} ids, fewer than the {vocab_size} asked for")
+    return tokenizer
+
+
+Part = tuple[int, int, str]  # number of the document, which of SPLITS, and the text of it that is there
+Encoded = tuple[int, int, int, npt.NDArray[np.integer[Any]]]  # the same with the text's bytes and its tokens
+
+
+class _Encoder:
+    """Tokens of a batch of documents, in any process."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, batch: list[Part]) -> list[Encoded]:
+        encode = self._tokenizer.encode_document
+        return [(number, side, len(text.encode()), np.array(encode(text), np.int32)) for number, side, text in batch]
+
+
+def _write(
+    out: Path,
+    corpus: Corpus,
+    found: Screening,
+    split: Split,
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    workers: int,
+    unfinished: Unfinished,
+    log: Log,
+) -> dict[str, Any]:
+    """The splits as the manifest lists them."""
+    check = Counter()
+    with Progress("packing", found.kept_bytes) as bar, ExitStack() as stack:
+        shape = (tokenizer.vocab_size, tokenizer.fingerprint(), shard_tokens)
+        series = []
+        for name in SPLITS:
+            done = unfinished.shards(name)
+            if done:
+                log(f"{name}: {len(done)} finished shard(s) kept")
+            series.append(stack.enter_context(Series(out, name, *shape, done, unfinished.keep_shard)))
+
+        def parts() -> Iterator[tuple[Part, int]]:
+            for number, text in enumerate(corpus):
+                check.add(text)
+                if not found.keeps(number):
+                    continue
+                for side, part in enumerate(split.parts(text)):
+                    if part and number >= series[side].next_document:
+                        yield (number, side, part), len(part)
+                    elif part:
+                        bar.skip(len(part.encode()))
+
+        for batch in ordered_map(_Encoder(tokenizer), batches(parts()), workers):
+            for number, side, size, tokens in batch:
+                series[side].append(number, tokens, size)
+                bar.add(size, len(tokens))
+        if check.survey() != found.survey:
+            raise DataError("the text changed while it was packed: pack it again")
+    train, validation = series
+    log(f"packed {bar.tokens:,} tokens in {bar.seconds:.1f} s: {bar.bytes / 1e6 / bar.seconds:.1f} MB/s, "
+        f"{bar.tokens / bar.seconds:,.0f} tokens/s")  # fmt: skip
+    if train.tokens == 0:
+        raise DataError("no text was left for training: hold out less for validation")
+    if validation.tokens == 0 and split.fraction > 0:
+        log("note: no text fell to validation")
+    return {one.split: one.describe() for one in series if one.tokens}
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(["bitnet pack 2", *parts]).encode()).hexdigest()
+
+
+def _pack_in(folder: Path) -> dict[str, Any]:
+    """Manifest of the pack in a folder, {} where there is none yet. Raises DataError if something else is there."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file: a pack is a folder")
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder)
+    ours = {FOLDER, *(path.name for path in _leftovers(folder))}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    if strange:
+        # A tokenizer and no manifest: killed just before the end.
+        if (folder / FOLDER).is_dir() and all(name.rpartition(".")[2] in ("json", "model") for name in strange):
+            return {}
+        raise DataError(f"{folder} is not a pack and not empty: it holds {strange[0]}")
+    return {}
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Files that only the making of a pack leaves."""
+    return [path for path in folder.glob("*") if path.name.endswith((".partial", *SUFFIXES))]
+
+
+def _sweep(folder: Path) -> None:
+    for path in _leftovers(folder):
+        path.unlink()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the splits of a pack and its tokenizer open."""
+    try:
+        for split in read_manifest(folder)["splits"]:
+            ShardDataset(folder, split).tokenizer()
+    except BitnetError:
+        return False
+    return True
+
+
+def _remove(folder: Path, manifest: dict[str, Any]) -> None:
+    """Take away a pack: the manifest first, so that what is left never looks complete; then only files it listed."""
+    (folder / MANIFEST).unlink()
+    shards = [entry["file"] for split in manifest["splits"].values() for entry in split["files"]]
+    for name in [*manifest["tokenizer"]["files"], *shards]:
+        (folder / name).unlink(missing_ok=True)

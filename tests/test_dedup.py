@@ -1,0 +1,271 @@
+"""Planted duplicates and planted leaks are found, and nothing else; the bytes depend on neither workers nor kills."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitnet.corpus import Corpus, Document, Split
+from bitnet.data import ShardDataset
+from bitnet.data_cli import main
+from bitnet.errors import ConfigError, DataError
+from bitnet.prepare import Filters, Preparation, pack
+from bitnet.prepare.exact import digest
+from bitnet.prepare.filters import repetition
+from bitnet.prepare.near import PERMUTATIONS, signature
+from bitnet.prepare.screening import REASONS, screen
+from bitnet.shard import read_manifest
+
+pytest.importorskip("datasketch")
+WORDS = ["".join(random.Random(i).choices("abcdefghijklmnop", k=2 + i % 7)) for i in range(3000)]
+QUIET: Any = {"log": lambda line: None}
+
+
+def prose(draw: random.Random, words: int = 150) -> str:
+    return " ".join(draw.choices(WORDS, k=words))
+
+
+def edited(draw: random.Random, text: str, share: float) -> str:
+    """The text with a share of its words replaced: about (1 - share)^5 of its five-word stretches survive."""
+    words = text.split(" ")
+    for i in draw.sample(range(len(words)), round(share * len(words))):
+        words[i] = draw.choice(WORDS)
+    return " ".join(words)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = (json.dumps(row if isinstance(row, dict) else {"text": row}) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def dropped(path: Path, preparation: Preparation, **options: Any) -> list[str]:
+    found = screen(Corpus([path], fields=preparation.filters.fields), preparation, **options)
+    return [REASONS[code] for code in found.codes or bytes(found.survey.documents)]
+
+
+def planted() -> tuple[list[str], list[str]]:
+    """1200 texts and what should become of each: 800 of their own, 200 exact and 200 near duplicates of some."""
+    draw = random.Random(7)
+    rows = [(prose(draw), "") for _ in range(800)]
+    for text, _ in draw.sample(rows[:800], 200):
+        rows.append((text.upper().replace(" ", "\n ", 40), "exact"))
+    for text, _ in draw.sample(rows[:800], 200):
+        rows.append((edited(draw, text, 0.02), "near"))
+    tail = rows[800:]
+    draw.shuffle(tail)
+    texts, fates = zip(*rows[:800], *tail, strict=True)
+    return list(texts), list(fates)
+
+
+def test_planted_duplicates_are_found(tmp_path: Path) -> None:
+    texts, fates = planted()
+    path = write(tmp_path / "x.jsonl", texts)
+    verdicts = dropped(path, Preparation(dedup="near"), workers=2)
+    # An edit of 2 % leaves a similarity of about 0.82, which 128 numbers estimate to 0.034: 0.7 is 3.5 of them away.
+    planted_ = [fate != "" for fate in fates]
+    removed = [verdict != "" for verdict in verdicts]
+    hits = sum(a and b for a, b in zip(planted_, removed, strict=True))
+    assert hits / sum(removed) == 1.0  # precision
+    assert hits / sum(planted_) >= 0.99  # recall
+    assert [v for v, f in zip(verdicts, fates, strict=True) if f == "exact"] == ["exact"] * 200
+    assert verdicts == dropped(path, Preparation(dedup="near"))
+    exact = dropped(path, Preparation(dedup="exact"))
+    assert exact == ["exact" if fate == "exact" else "" for fate in fates]
+
+
+def test_signatures_estimate_similarity() -> None:
+    draw = random.Random(1)
+    for share in (0.0, 0.02, 0.1, 0.3):
+        text = prose(draw, 2000)
+        other = edited(draw, text, share)
+        sets = [{tuple(t.split()[i : i + 5]) for i in range(1996)} for t in (text, other)]
+        true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        error = (true * (1 - true) / PERMUTATIONS) ** 0.5
+        assert abs(signature(text).jaccard(signature(other)) - true) <= 5 * error + 1e-9
+    assert digest("Stra\u00dfe  A\n") == digest("STRASSE a") != digest("strasse b")
+
+
+def similarity(a: str, b: str) -> float:
+    sets = [{tuple(t.casefold().split()[i : i + 5]) for i in range(len(t.split()) - 4)} for t in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_nothing_held_out_has_a_near_duplicate_in_training(tmp_path: Path) -> None:
+    """Leaks planted in both directions, before and after: half of every held-out text's stretches occur in training."""
+    draw = random.Random(3)
+    split = Split(0.1, by_position=False)
+    own = [prose(draw) for _ in range(400)]
+    rows, leaks = list(own), 0
+    for text in own:
+        for _ in range(40):
+            copy = edited(draw, text, draw.choice((0.02, 0.06)))  # similarities of about 0.82 and 0.58
+            if split.holds_out(copy) != split.holds_out(text):
+                rows.insert(draw.randrange(len(rows) + 1), copy)
+                leaks += 1
+                break
+    assert leaks > 250
+    path = write(tmp_path / "x.jsonl", rows)
+
+    def sides(preparation: Preparation) -> tuple[list[str], list[str]]:
+        out = pack(path, tmp_path / "out", "bytes", val_fraction=0.1, preparation=preparation, **QUIET)
+        parts = (ShardDataset(out), ShardDataset(out, "validation"))
+        texts = [data.tokenizer().decode([t if t < 256 else 0 for t in data.read(0, len(data))]) for data in parts]
+        train, held = (text.split("\0")[:-1] for text in texts)
+        return train, held
+
+    def leaked(train: list[str], held: list[str], least: float) -> int:
+        where: dict[tuple[str, ...], set[int]] = {}
+        for i, text in enumerate(train):
+            words = text.casefold().split()
+            for j in range(len(words) - 4):
+                where.setdefault(tuple(words[j : j + 5]), set()).add(i)
+        count = 0
+        for text in held:
+            words = text.casefold().split()
+            near = {i for j in range(len(words) - 4) for i in where.get(tuple(words[j : j + 5]), ())}
+            count += any(similarity(text, train[i]) >= least for i in near)
+        return count
+
+    assert leaked(*sides(Preparation()), 0.5) > 50
+    train, held = sides(Preparation(dedup="near"))
+    # The bound is 0.5 and the estimate's error 0.044: none of 400 pairs is 3.4 errors off, one in twenty is 1.6 off.
+    assert leaked(train, held, 0.65) == 0
+    assert leaked(train, held, 0.57) <= 0.05 * len(held)
+    assert len(held) > 40
+    assert set(held) <= set(rows)
+
+
+def test_filters(tmp_path: Path) -> None:
+    good = {"text": "a good one", "score": 3, "meta": {"language": "en"}}
+    rows = [
+        good,
+        good | {"score": 2.9},
+        good | {"score": "4"},
+        {"text": "no record"},
+        good | {"meta": {"language": "de"}},
+        good | {"text": "short"},
+        good | {"text": "so long " * 9},
+        good | {"text": "la la la la la la la"},
+    ]
+    filters = Filters(3.0, "score", "en", "meta.language", 6, 50, 0.3)
+    path = write(tmp_path / "x.jsonl", rows)
+    fates = ["", "score", "score", "score", "language", "length", "length", "repetition"]
+    assert dropped(path, Preparation(filters)) == fates
+    assert repetition("a b c d") == 0
+    assert repetition("a b c d e f g") == 0
+    assert repetition("a a a a a a") == 0.5
+    assert Filters().refuses(Document("")) is None
+    with pytest.raises(DataError, match="no document is left of 8: 5 by language, 3 by score"):
+        dropped(path, Preparation(Filters(2.95, language="fr", language_field="meta.language")))
+    for bad in ({"min_chars": -1}, {"max_repetition": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            Filters(**bad)
+    with pytest.raises(ConfigError, match="dedup must be one of none, exact, near, not 'fuzzy'"):
+        Preparation(dedup="fuzzy")
+    with pytest.raises(ConfigError, match="near must be above 0"):
+        dropped(path, Preparation(dedup="near", near=0.0))
+
+
+def test_the_manifest_tells_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": prose(random.Random(i), 30), "score": i % 5} for i in range(100)] * 2
+    write(tmp_path / "x.jsonl", rows)
+    flags = [
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "bytes",
+        "--min-score",
+        "3",
+        "--dedup",
+        "exact",
+        "--seq",
+        "9",
+    ]
+    assert main(["--data", str(tmp_path / "x.jsonl"), *flags]) == 0
+    assert "left out: 40 exact, 120 score; kept 40 documents" in capsys.readouterr().out
+    source = read_manifest(tmp_path / "out")["source"]
+    assert source["filters"] == {"min_score": 3.0, "dedup": "exact"}
+    assert (source["read"], source["documents"], source["files"]) == (200, 40, {"x.jsonl": 40})
+    assert source["left_out"] == {"exact": 40, "score": 120}
+    assert main(["--data", str(tmp_path / "x.jsonl"), *flags]) == 0
+    assert "already holds this pack" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(0)
+    return write(tmp_path_factory.mktemp("text") / "x.jsonl", [prose(draw, 100) for _ in range(6000)])
+
+
+FLAGS = (
+    "--tokenizer sentencepiece --vocab-size 500 --max-mb 3 --shard-tokens 30000 --dedup exact --val-fraction 0.05"
+).split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert main(["--data", str(text), "--out", str(out), *FLAGS]) == 0
+    return contents(out)
+
+
+def test_workers_change_no_byte(text: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    assert main(["--data", str(text), "--out", str(tmp_path / "out"), *FLAGS, "--workers", "2"]) == 0
+    assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_packs_end_in_the_same_bytes(
+    text: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: str
+) -> None:
+    out = tmp_path / "out"
+    journal = out / "unfinished" / "shards.jsonl"
+    words = [sys.executable, "-m", "bitnet.data_cli", "--data", text, "--out", out, *FLAGS, "--workers", workers]
+    for lines in (1, 6):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    with open(journal, "ab") as file:  # as a power cut may leave it
+        file.write(b'{"split": "tra')
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("train-*")}
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "going on with it" in run.stdout
+    assert "finished shard(s) kept" in run.stdout
+    assert contents(out) == undisturbed
+    assert sum(path.stat().st_mtime_ns == kept.get(path.name) for path in out.glob("train-*")) >= 5
+
+
+def test_a_killed_pack_of_other_text_is_begun_again(text: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    (out / "unfinished").mkdir(parents=True)
+    (out / "unfinished" / "plan.json").write_text('{"stamp": "another"}', encoding="utf-8")
+    (out / "train-00099.shard").write_bytes(b"of another pack")
+    assert main(["--data", str(text), "--out", str(out), *FLAGS]) == 0
+    assert contents(out) == undisturbed
+
+
+def test_workers_report_errors_and_leave(tmp_path: Path) -> None:
+    alphabet = tmp_path / "bitnet_tokenizer.json"
+    alphabet.write_text(json.dumps({"kind": "chars", "characters": " abcdefghijklmnop"}), encoding="utf-8")
+    path = write(tmp_path / "x.jsonl", [prose(random.Random(0)), "not THIS"])
+    with pytest.raises(DataError, match="is not among the 17 characters"):
+        pack(path, tmp_path / "out", str(alphabet), workers=2, **QUIET)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(ConfigError, match="workers must be at least 1, not 0"):
+        pack(path, tmp_path / "out", "bytes", workers=0, **QUIET)
