@@ -1,10 +1,7 @@
-"""Batches from a pack: which tokens a training step sees is a function of (seed, position) and nothing else.
+"""Batches from a pack, or from a mixture of packs: which tokens a training step sees is a function of (seed, position).
 
 position counts batches from the start of training, so resuming is setting one integer, and any batch can be asked for
-alone. Shuffled order cuts each epoch into windows of seq_len on a grid that starts at a place drawn for that epoch, and
-visits every window once, in an order given by a Feistel network: a bijection computed per index, so no list of a
-billion windows is ever built. Draws are raw words of NumPy's Philox counter generator, whose stream is fixed, and are
-mapped to ranges here, since NumPy may change how its own distributions do that.
+alone. bitnet/rows.py says which tokens a row holds.
 
 `python -m bitnet.data` packs text: see bitnet/data_cli.py.
 """
@@ -12,22 +9,19 @@ mapped to ranges here, since NumPy may change how its own distributions do that.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitnet.errors import ConfigError, DataError
+from bitnet.rows import RandomWindows, Rows, Windows, rows_of, whole_windows
 from bitnet.shard import Shard, read_manifest
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]  # tokens and targets, each (batch_size, seq_len)
-
-ROUNDS = 6  # of the Feistel network; three already look random, the rest is margin at nanoseconds a row
-SHUFFLED_STREAM, RANDOM_STREAM = 1, 2  # second word of the Philox key
 
 
 class ShardDataset:
@@ -80,6 +74,25 @@ class ShardDataset:
             at = stop
         return out
 
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """(documents + 1,) first token of each document, and the end."""
+        parts = [shard.starts.astype(np.int64) + begin for shard, begin in zip(self.shards, self._begins, strict=False)]
+        return np.concatenate([*parts, np.array([len(self)], np.int64)])
+
+    def rows(self, batch_size: int, seq_len: int, seed: int, order: str, documents: str) -> Rows:
+        """See bitnet/rows.py."""
+        return rows_of(self, batch_size, seq_len, seed, order, documents)
+
+    def held_out(self) -> dict[str, ShardDataset]:
+        """The validation split under its name, where the pack has one."""
+        if "validation" not in read_manifest(self.folder)["splits"]:
+            return {}
+        return {"validation": ShardDataset(self.folder, "validation")}
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must find again."""
+        return {"tokens": len(self), "shards": [shard.sha256 for shard in self.shards]}
+
     def verify(self) -> None:
         """Check every byte and id of every shard. Raises DataError at the first that is wrong."""
         for shard in self.shards:
@@ -93,55 +106,69 @@ class ShardDataset:
         return tokenizer
 
 
+class Dataset(Protocol):
+    """What a DataLoader draws from: a ShardDataset or a Mixture of them."""
+
+    def rows(self, batch_size: int, seq_len: int, seed: int, order: str, documents: str) -> Rows: ...
+
+
 class DataLoader:
-    """Batches of a dataset without end; `position` is the whole state.
+    """Batches of a dataset; `position` is the whole state.
 
     order "shuffled": epochs of non-overlapping windows, each visited once. order "random": every row starts anywhere.
-    Raises ConfigError for impossible settings, DataError if the data cannot fill one window and its last target.
+    documents "joined": windows run across the ends of documents; "separate": none does. rank, world: of `world` loaders
+    that share the work, number `rank`; the batches of all of them, taken in turns, are those of one loader. Raises
+    ConfigError for impossible settings, DataError if the data cannot fill one window and its last target.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Dataset,
         batch_size: int,
         seq_len: int,
         seed: int = 0,
         order: str = "shuffled",
         position: int = 0,
+        documents: str = "joined",
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size < 1 or seq_len < 1:
             raise ConfigError(f"batch_size and seq_len must be at least 1, not {batch_size} and {seq_len}")
         if not 0 <= seed < 2**64:
             raise ConfigError(f"seed must be 0 to 2**64 - 1, not {seed}")
-        if order not in ("shuffled", "random"):
-            raise ConfigError(f"order must be 'shuffled' or 'random', not {order!r}")
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank must be 0 to world - 1 = {world - 1}, not {rank}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.seed = seed
         self.order = order
         self.position = position
-        # One window fewer than fit, where there are several: that leaves the grid a whole window of room to start in.
-        self.windows_per_epoch = max(1, _whole_windows(dataset, seq_len) - 1)
+        self.rows = dataset.rows(batch_size, seq_len, seed, order, documents)
+        self.windows_per_epoch = self.rows.per_epoch
+        self._rank, self._world = rank, world
 
     def batch(self, position: int) -> Batch:
         """Batch number `position`: targets are the tokens one place later. Two contiguous (batch_size, seq_len) i32."""
+        rows = [self.rows.row(number) for number in self.numbers(position)]
+        return np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows])
+
+    def numbers(self, position: int) -> range:
+        """The rows of a batch, by their numbers in the order of all rows."""
         if position < 0:
             raise ConfigError(f"a position is counted from 0, not {position}")
-        rows = np.stack([self.dataset.read(start, start + self.seq_len + 1) for start in self.starts(position)])
-        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        batch = position * self._world + self._rank
+        return range(batch * self.batch_size, (batch + 1) * self.batch_size)
 
     def starts(self, position: int) -> list[int]:
-        """First token of each row of a batch."""
-        if self.order == "random":
-            room = len(self.dataset) - self.seq_len  # starts that leave seq_len tokens and one target
-            return [_scale(word, room) for word in _words(self.seed, RANDOM_STREAM, position, self.batch_size)]
-        rows = range(position * self.batch_size, (position + 1) * self.batch_size)
-        return [self._shuffled_start(*divmod(row, self.windows_per_epoch)) for row in rows]
+        """First token of each row of a batch of windows."""
+        assert isinstance(self.rows, (Windows, RandomWindows))
+        return [self.rows.start(number) for number in self.numbers(position)]
 
     def epoch(self, position: int) -> float:
         """Passes over the data before this batch, counted in windows."""
-        return position * self.batch_size / self.windows_per_epoch
+        return position * self._world * self.batch_size / self.windows_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -149,66 +176,14 @@ class DataLoader:
             self.position += 1
             yield batch
 
-    def _shuffled_start(self, epoch: int, index: int) -> int:
-        shift, *keys = _words(self.seed, SHUFFLED_STREAM, epoch, 1 + ROUNDS)
-        room = len(self.dataset) - self.windows_per_epoch * self.seq_len  # grid starts that leave a last target
-        return _scale(shift, room) + permute(index, self.windows_per_epoch, keys) * self.seq_len
-
 
 def eval_blocks(dataset: ShardDataset, batch_size: int, seq_len: int) -> Iterator[Batch]:
     """Every whole block of seq_len tokens once, in order, no two overlapping; the last batch may have fewer rows."""
-    blocks = _whole_windows(dataset, seq_len)
+    blocks = whole_windows(dataset, seq_len)
     for first in range(0, blocks, batch_size):
         last = min(first + batch_size, blocks)
         rows = dataset.read(first * seq_len, last * seq_len + 1)
         yield rows[:-1].reshape(-1, seq_len), rows[1:].reshape(-1, seq_len).copy()
-
-
-def permute(index: int, count: int, keys: Sequence[int]) -> int:
-    """Image of index under a bijection of 0..count-1 chosen by the keys (64-bit words, one a round).
-
-    A balanced Feistel network permutes the next 4^k >= count whatever its round function; walking on until the image is
-    below count keeps that a bijection of 0..count-1, in fewer than four steps on average since 4^k < 4 count.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        index = left << half | right
-        if index < count:
-            return index
-
-
-def _mix(word: int) -> int:
-    """SplitMix64's finalizer: each bit of the input reaches every bit of the output."""
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return word ^ word >> 31
-
-
-@lru_cache(maxsize=8)  # every row of a shuffled epoch asks for the same words
-def _words(seed: int, stream: int, index: int, count: int) -> tuple[int, ...]:
-    """64-bit words number 0..count-1 of a stream: word k does not depend on count."""
-    key = np.array([seed, stream], dtype=np.uint64)
-    counter = np.array([0, index, 0, 0], dtype=np.uint64)  # word 0 runs within the block
-    return tuple(np.random.Philox(key=key, counter=counter).random_raw(count).tolist())
-
-
-def _scale(word: int, count: int) -> int:
-    """A 64-bit word as an index below count; no index is likelier than another by more than count / 2^64."""
-    return word * count >> 64
-
-
-def _whole_windows(dataset: ShardDataset, seq_len: int) -> int:
-    """How many windows of seq_len fit end to end with a target after the last. Raises DataError if none does."""
-    if len(dataset) <= seq_len:
-        raise DataError(
-            f"split {dataset.split!r} of {dataset.folder} has {len(dataset)} tokens: "
-            f"too few for one window of {seq_len} and its last target"
-        )
-    return (len(dataset) - 1) // seq_len
 
 
 def main(argv: list[str] | None = None) -> int:

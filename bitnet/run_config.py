@@ -15,6 +15,7 @@ from typing import Any
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.corpus import RECIPES
 from bitnet.errors import ConfigError
+from bitnet.mixture import is_mixture
 from bitnet.tokenizer import SPECS
 from bitnet.trainer import TrainerConfig, option
 
@@ -23,7 +24,9 @@ from bitnet.trainer import TrainerConfig, option
 class RunConfig:
     """Where the text comes from, and which model reads it."""
 
-    data: tuple[str, ...] = option((), "text or .jsonl files, folders of them, or one folder packed by bitnet data")
+    data: tuple[str, ...] = option(
+        (), "text or .jsonl files, folders of them, one folder packed by bitnet data, or PACK=WEIGHT ..."
+    )
     recipe: str | None = option(None, f"text already on this machine: {', '.join(RECIPES)} (if there is no data)")
     tokenizer: str = option("sentencepiece", f"{', '.join(SPECS)}, or a .model or .json file")
     vocab_size: int | None = option(None, "ids that sentencepiece learns (4096); for other tokenizers, of the model")
@@ -45,7 +48,10 @@ class RunConfig:
     @property
     def stem(self) -> str:
         """A short name of the text."""
-        return Path(self.data[0]).resolve().stem if self.data else self.recipe or RECIPES[0]
+        if not self.data:
+            return self.recipe or RECIPES[0]
+        first = self.data[0].rpartition("=")[0] if is_mixture(self.data) else self.data[0]
+        return Path(first or self.data[0]).resolve().stem
 
 
 GROUPS: tuple[type, ...] = (RunConfig, TrainerConfig, BitNetConfig)

@@ -21,13 +21,16 @@ from typing import Any, TypeVar
 from bitnet import mfu
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
+from bitnet.corpus.hub import PREFIX
+from bitnet.data import ShardDataset
 from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
+from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
+from bitnet.rows import DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
-from bitnet.tokenizer import load_tokenizer
 from bitnet.trainer import Trainer, TrainerConfig
 
 T = TypeVar("T")
@@ -40,6 +43,7 @@ examples:
   bitnet train                                          the default: Python's standard library, a small model
   bitnet train --data book.txt --tokenizer chars --preset char --minutes 10
   bitnet train --data texts/ more.jsonl --preset 125m --grad-accum 8 --steps 20000
+  bitnet train --data packs/web=0.7 packs/code=0.3      several packs, mixed (or a mixture.yaml)
   bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
   bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
@@ -163,8 +167,8 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     set_threads(settings.run.threads)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {'CUDA' if has_cuda() else 'no CUDA in this build'}")
     print(f"run: {out}", flush=True)
-    folder = _interruptible(lambda: prepare(settings, out), out)
-    trainer = build(settings, folder, out)
+    data = _interruptible(lambda: prepare(settings, out), out)
+    trainer = build(settings, data, out)
     if resume:
         trainer.resume()
     trainer.plan()
@@ -183,7 +187,9 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
         pairs.append((name.strip().replace("-", "_"), value))
     options = {name: parse(name, value, " on the command line") for name, value in pairs}
     if "data" in options:  # the run may be resumed from another folder
-        options["data"] = tuple(str(Path(path).resolve()) for path in options["data"])
+        options["data"] = tuple(
+            path if path.startswith(PREFIX) else str(Path(path).resolve()) for path in options["data"]
+        )
     return options
 
 
@@ -207,14 +213,16 @@ def _make_folder(settings: Settings, out: str | None) -> Path:
             return folder
 
 
-def prepare(settings: Settings, out: Path) -> Path:
-    """The packed text: packed now into the run folder, unless it is there or `data` is a pack."""
+def prepare(settings: Settings, out: Path) -> ShardDataset | Mixture:
+    """The packed text: packed now into the run folder, unless it is there or `data` is a pack, or several."""
     run = settings.run
     if (out / "data" / MANIFEST).is_file():  # written last: the pack is whole
-        return out / "data"
+        return ShardDataset(out / "data")
+    if is_mixture(run.data):
+        return Mixture.open(run.data)
     if len(run.data) == 1 and (Path(run.data[0]) / MANIFEST).is_file():
-        return Path(run.data[0])
-    return pack(
+        return ShardDataset(run.data[0])
+    folder = pack(
         list(run.data) or run.recipe or "stdlib",
         out / "data",
         run.tokenizer,
@@ -224,11 +232,13 @@ def prepare(settings: Settings, out: Path) -> Path:
         separator=run.separator,
         max_bytes=None if run.max_mb is None else int(run.max_mb * 1e6),
     )
+    return ShardDataset(folder)
 
 
-def build(settings: Settings, folder: Path, out: Path) -> Trainer:
-    """Model and trainer for packed text in `folder`."""
-    tokenizer = load_tokenizer(folder)
+def build(settings: Settings, data: ShardDataset | Mixture, out: Path) -> Trainer:
+    """Model and trainer for packed text."""
+    tokenizer = data.tokenizer()
+    folder = data.folder
     wanted = settings.run.vocab_size
     # SentencePiece may find fewer pieces than asked for; a larger table than the tokenizer needs is otherwise meant.
     learned = settings.run.tokenizer.startswith("sentencepiece") and folder == out / "data"
@@ -239,7 +249,7 @@ def build(settings: Settings, folder: Path, out: Path) -> Trainer:
     if trainer.sample_prompt is None and not settings.run.data:
         trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
     model = BitNetForCausalLM(config, trainer.seed)
-    return Trainer(model, folder, trainer, tokenizer=tokenizer, out=out)
+    return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
 
 
 def _interruptible(work: Callable[[], T], out: Path) -> T:
@@ -288,6 +298,8 @@ def _introduce(trainer: Trainer) -> None:
         f"backward in {BACKWARD[c.precision]}",
         flush=True,
     )
+    if isinstance(trainer.loader.rows, DocumentWindows):
+        print(f"documents stay separate: {trainer.loader.rows.filled:.0%} of the places in a batch hold text")
 
 
 def _conclude(trainer: Trainer, before: int) -> None:

@@ -29,9 +29,10 @@ from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.layer_stats import layer_record
 from bitnet.metrics import Record
+from bitnet.mixture import Mixture, MixtureRows
 from bitnet.model import BitNetForCausalLM
 from bitnet.nn import TernaryStats
-from bitnet.shard import read_manifest
+from bitnet.rows import IGNORE
 from bitnet.stability import DivergenceError, LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ class TrainerConfig:
     grad_accum: int = option(1, "micro-batches in a step")
     seq_len: int = option(256, "tokens in a sequence")
     order: str = option("shuffled", "shuffled: every window once an epoch; random: windows start anywhere")
+    documents: str = option("joined", "joined: windows run across documents; separate: none does, the rest is padding")
     seed: int = option(0, "of initial weights, batches and samples")
     lr: float = option(2e-3, "peak learning rate", True)
     min_lr: float | None = option(None, "cosine: final rate (lr / 10); two-stage: second peak (lr * 2/3)", True)
@@ -104,8 +106,8 @@ class TrainerConfig:
         if not 0 < self.rollback_lr <= 1:
             raise ConfigError(f"rollback_lr must be above 0 and at most 1, not {self.rollback_lr}")
         words = {
-            "order": ("shuffled", "random"), "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS,
-            "moments": optim.MOMENTS,
+            "order": ("shuffled", "random"), "documents": ("joined", "separate"),
+            "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS, "moments": optim.MOMENTS,
         }  # fmt: skip
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
@@ -160,17 +162,17 @@ class RecordedLoss:
 class Trainer:
     """Trains a model on a pack: `Trainer(model, "runs/data", TrainerConfig(steps=500), out="runs/first").fit()`.
 
-    dataset: a folder made by bitnet.data.pack, or its ShardDataset; its validation split is evaluated unless another is
-    given. out: the run folder (checkpoints, metrics.jsonl, layers.jsonl, samples.txt, plots); None keeps everything in
-    `history`, a list of records with the keys of metrics.jsonl, and `events`, what bitnet/stability.py tells of. Losses
-    are mean nats per token. callbacks come after the usual ones. Raises ConfigError if model, data and config do not
-    fit, DataError for damaged data.
+    dataset: a folder made by bitnet.data.pack, its ShardDataset, or a Mixture of several; its validation split is
+    evaluated unless another is given, that of a mixture source by source. out: the run folder (checkpoints,
+    metrics.jsonl, layers.jsonl, samples.txt, plots); None keeps everything in `history`, a list of records with the
+    keys of metrics.jsonl, and `events`, what bitnet/stability.py tells of. Losses are mean nats per token. callbacks
+    come after the usual ones. Raises ConfigError if model, data and config do not fit, DataError for damaged data.
     """
 
     def __init__(
         self,
         model: BitNetForCausalLM,
-        dataset: ShardDataset | str | Path,
+        dataset: ShardDataset | Mixture | str | Path,
         config: TrainerConfig | None = None,
         *,
         validation: ShardDataset | None = None,
@@ -183,14 +185,14 @@ class Trainer:
 
         self.model = model
         self.config = config or TrainerConfig()
-        self.dataset = dataset if isinstance(dataset, ShardDataset) else ShardDataset(dataset)
+        self.dataset = ShardDataset(dataset) if isinstance(dataset, (str, Path)) else dataset
         self.log = log
-        self.validation = validation or self._held_out()
+        self.held_out = self._held_out() if validation is None else {"validation": validation}
         self.tokenizer = tokenizer or self.dataset.tokenizer()
         self.out = None if out is None else Path(out)
         self._check_fit()
         c = self.config
-        self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order)
+        self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order, documents=c.documents)
         self.optimizer = optim.AdamW(model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
@@ -210,24 +212,31 @@ class Trainer:
         self._writer: Background[_Written] = Background()
         self._save_seconds: float | None = None
         self._interrupts = Interrupts()
+        self.source_losses: dict[str, float] = {}  # validation losses of the last evaluation, by name
         self.samples: list[str] = []  # prompt and continuation after each evaluation
         self._callbacks = [*standard_callbacks(self.out, c.plots, c.tensorboard, c.wandb), *callbacks]
         rows = c.batch_size * c.grad_accum
         self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision)  # of one step
         self._forget_tapes()
 
-    def _held_out(self) -> ShardDataset | None:
-        if "validation" not in read_manifest(self.dataset.folder)["splits"]:
-            return None
-        held_out = ShardDataset(self.dataset.folder, "validation")
-        if len(held_out) > self.config.seq_len:
-            return held_out
-        self.log(f"note: {len(held_out)} held-out tokens are too few for one sequence: no validation loss")
-        return None
+    def _held_out(self) -> dict[str, ShardDataset]:
+        """The validation splits that hold a sequence; several by the names of their sources."""
+        out = {}
+        for name, data in self.dataset.held_out().items():
+            if len(data) > self.config.seq_len:
+                out[name] = data
+            else:
+                self.log(f"note: {len(data)} held-out tokens are too few for one sequence: no {name} loss")
+        return out
+
+    @property
+    def validation(self) -> ShardDataset | None:
+        """The validation split, the first of a mixture's."""
+        return next(iter(self.held_out.values()), None)
 
     def _check_fit(self) -> None:
         shape = self.model.config
-        for data in filter(None, (self.dataset, self.validation)):
+        for data in (self.dataset, *self.held_out.values()):
             if data.vocab_size > shape.vocab_size:
                 raise ConfigError(
                     f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {shape.vocab_size}"
@@ -282,6 +291,9 @@ class Trainer:
         """Fixes the number of steps and all that follows from it."""
         c = self.config
         steps = c.steps or (self._steps_that_fit(c.minutes) if c.minutes else DEFAULT_STEPS)
+        rows = steps * c.grad_accum * c.batch_size
+        if isinstance(self.loader.rows, MixtureRows) and rows > (self.loader.rows.limit or rows):
+            raise ConfigError(f"{steps} steps read {rows} rows, and the epoch caps allow {self.loader.rows.limit}")
         self.config = c.resolved(steps)
         self.over = self._is_over()
         self.peaks = self.peaks or mfu.measure_peaks()
@@ -289,6 +301,7 @@ class Trainer:
     def _steps_that_fit(self, minutes: float) -> int:
         """Steps in the given time, evaluations included: two micro-batches are timed, without an update."""
         c = self.config
+        blocks = sum(self._eval_blocks(data) for data in self.held_out.values())
         batch = self.loader.batch(self.position)
         self._loss(*batch)
         self._loss.loss.backward()  # the first of each pays for memory
@@ -300,7 +313,7 @@ class Trainer:
             self._loss.loss.backward()
         self.optimizer.clip_grad_norm(c.clip)
         step = (time.perf_counter() - start) / 2 * c.grad_accum
-        evaluation = (forward - start) / 2 * self._eval_blocks() / c.batch_size
+        evaluation = (forward - start) / 2 * blocks / c.batch_size
         left = 0.95 * 60 * minutes - self.seconds  # the rest: updates, checkpoints and pictures
         if c.eval_every is None:
             left -= 10 * evaluation
@@ -320,13 +333,14 @@ class Trainer:
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = 0.0
-        for micro in range(c.grad_accum):
-            batch = self.loader.batch(self.position + micro)
-            loss += self._loss(*batch) / c.grad_accum
+        batches = [self.loader.batch(self.position + micro) for micro in range(c.grad_accum)]
+        counts = [int((targets != IGNORE).sum()) for _, targets in batches]
+        for batch, count in zip(batches, counts, strict=True):
+            share = count / sum(counts)  # the mean of means, so weighted, is the mean over the step's targets
+            loss += self._loss(*batch) * share
             if not math.isfinite(loss):
                 raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad([batch]))
-            # Micro-batches have equal numbers of tokens: the mean of their means is the mean over the step's tokens.
-            self._loss.loss.backward(1.0 / c.grad_accum)
+            self._loss.loss.backward(share)
         norm = self.optimizer.clip_grad_norm(c.clip)
         if not math.isfinite(norm):
             raise Trouble(self.step + 1, f"the gradient norm is {norm}", self._first_bad())
@@ -344,7 +358,7 @@ class Trainer:
             seconds = time.perf_counter() - start
             self.step += 1
             self.position += c.grad_accum
-            self.tokens += c.tokens_per_step
+            self.tokens += sum(counts)
             self.seconds += seconds
             self._pending = {
                 "step": self.step,
@@ -374,12 +388,15 @@ class Trainer:
         start = time.perf_counter()
         self.over = self._is_over()
         lowest, stale, stop = self.lowest, self.stale, False
-        if self.validation is not None and (self.over or self.step % c.eval_every == 0):
+        if self.held_out and (self.over or self.step % c.eval_every == 0):
             loss = self.evaluate()
             if not math.isfinite(loss):
-                blocks = eval_blocks(self.validation, c.batch_size, c.seq_len)
+                held_out = self.held_out.values()
+                blocks = (batch for data in held_out for batch in eval_blocks(data, c.batch_size, c.seq_len))
                 raise Trouble(self.step, f"the validation loss is {loss}", self._first_bad(blocks))
             record["val_loss"] = loss
+            if len(self.held_out) > 1:
+                record["val_loss_by_source"] = dict(self.source_losses)
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
             lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + 1)
             stop = 0 < c.patience <= stale and not self.over
@@ -413,12 +430,24 @@ class Trainer:
                 self.log(f"warning: {error}; training goes on")
 
     def evaluate(self) -> float:
-        """Mean loss in nats per token over whole, non-overlapping blocks of the held-out split, in order."""
-        if self.validation is None:
+        """Mean loss in nats per token over whole, non-overlapping blocks of the held-out split, in order.
+
+        Of a mixture: the mean of its sources' losses, each weighted like the source; `source_losses` holds them.
+        """
+        if not self.held_out:
             raise ConfigError("there is no held-out text to evaluate on")
+        self.source_losses = {name: self._evaluate(data) for name, data in self.held_out.items()}
+        if not isinstance(self.dataset, Mixture) or len(self.source_losses) == 1:
+            return next(iter(self.source_losses.values()))
+        shares = zip(self.dataset.sources, self.dataset.weights, strict=True)
+        weights = {source.name: weight for source, weight in shares if source.name in self.source_losses}
+        total = math.fsum(self.source_losses[name] * weight for name, weight in weights.items())
+        return total / math.fsum(weights.values())
+
+    def _evaluate(self, data: ShardDataset) -> float:
         c = self.config
-        total, count, limit = 0.0, 0, self._eval_blocks()
-        for tokens, targets in eval_blocks(self.validation, c.batch_size, c.seq_len):
+        total, count, limit = 0.0, 0, self._eval_blocks(data)
+        for tokens, targets in eval_blocks(data, c.batch_size, c.seq_len):
             rows = min(len(tokens), limit - count)
             if rows <= 0:
                 break
@@ -437,8 +466,8 @@ class Trainer:
         text = self.validation or self.dataset
         return self.tokenizer.decode(text.read(0, min(len(text), 8)).tolist())
 
-    def _eval_blocks(self) -> int:
-        whole = 0 if self.validation is None else (len(self.validation) - 1) // self.config.seq_len
+    def _eval_blocks(self, data: ShardDataset) -> int:
+        whole = (len(data) - 1) // self.config.seq_len
         return min(whole, self.config.eval_blocks or whole)
 
     # ---- trouble ----------------------------------------------------------------------------------------------------
@@ -570,7 +599,7 @@ class Trainer:
             "flips": self.flips,
             "pending": self._pending,
             "config": asdict(self.config),
-            "data": _identity(self.dataset),
+            "data": self.dataset.identity(),
         }
         out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
@@ -621,7 +650,7 @@ class Trainer:
         for name, value in asdict(saved.config).items():
             if value != own[name]:
                 raise CheckpointError(f"{saved.path} is of another model: its {name} is {value}, not {own[name]}")
-        if saved.state["data"] != _identity(self.dataset):
+        if saved.state["data"] != self.dataset.identity():
             raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
         self.config = _merged(self.config, saved.state["config"], str(saved.path))
         self._forget_tapes()
@@ -672,10 +701,6 @@ class _Written:
     good: int
     best: dict[str, Any] | None
     seconds: float
-
-
-def _identity(dataset: ShardDataset) -> dict[str, Any]:
-    return {"tokens": len(dataset), "shards": [shard.sha256 for shard in dataset.shards]}
 
 
 def _merged(config: TrainerConfig, saved: dict[str, Any], where: str) -> TrainerConfig:

@@ -14,10 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet.data import DataLoader, ShardDataset, eval_blocks, permute
+from bitnet.config import BitNetConfig
+from bitnet.data import DataLoader, ShardDataset, eval_blocks
 from bitnet.data_cli import main, pack
 from bitnet.errors import ConfigError, DataError
-from bitnet.shard import ShardWriter, write_manifest
+from bitnet.model import BitNetForCausalLM
+from bitnet.ops import no_grad
+from bitnet.rows import DocumentWindows, permute
+from bitnet.shard import SUFFIX, ShardWriter, write_manifest
 from bitnet.tokenizer import ByteTokenizer
 
 VOCAB = 70_000
@@ -130,6 +134,74 @@ def test_permute_is_even() -> None:
         for i in range(10):
             counts[i, permute(i, 10, keys)] += 1
     assert np.sum((counts - 500) ** 2 / 500) < 90 + 5 * 14.1
+
+
+def make_documents(folder: Path, documents: list[list[int]], shards: int = 2) -> ShardDataset:
+    files = []
+    for i in range(shards):
+        with ShardWriter(folder / f"{i}{SUFFIX}", VOCAB, PRINT) as writer:
+            for document in documents[i::shards]:
+                writer.append(document)
+        size, count = writer.tokens, writer.documents
+        files.append({"file": writer.path.name, "tokens": size, "documents": count, "sha256": writer.sha256})
+    tokenizer = {"name": "bytes", "vocab_size": VOCAB, "fingerprint": PRINT, "files": []}
+    totals = {name: sum(entry[name] for entry in files) for name in ("tokens", "documents")}
+    split = {**totals, "text_bytes": 2 * totals["tokens"], "files": files}
+    write_manifest(folder, {"key": "", "tokenizer": tokenizer, "splits": {"train": split}})
+    return ShardDataset(folder)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=12), seq_len=st.integers(1, 20))
+def test_separate_documents(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int) -> None:
+    """Every row is of one document, from its start or a cut; every token but each first is a target once an epoch."""
+    documents = [[1000 * i + j for j in range(length)] for i, length in enumerate(lengths, start=1)]
+    data = make_documents(tmp_path_factory.mktemp("documents"), documents)
+    assert np.diff(data.document_starts()).tolist() == [len(d) for i in (0, 1) for d in documents[i::2]]
+    if max(lengths) == 1:
+        with pytest.raises(DataError, match="no document of two tokens"):
+            DataLoader(data, 1, seq_len, documents="separate")
+        return
+    loader = DataLoader(data, 1, seq_len, seed=3, documents="separate")
+    for epoch in range(2):
+        found = []
+        for position in range(epoch * loader.windows_per_epoch, (epoch + 1) * loader.windows_per_epoch):
+            tokens, targets = (part[0] for part in loader.batch(position))
+            count = int((targets != -100).sum())
+            assert count > 0
+            assert (targets[count:] == -100).all()
+            assert (tokens[count:] == 0).all()
+            assert np.array_equal(targets[:count], tokens[:count] + 1)
+            assert len(set(tokens[:count] // 1000)) == 1
+            found += targets[:count].tolist()
+        assert sorted(found) == sorted(token for document in documents for token in document[1:])
+    assert isinstance(loader.rows, DocumentWindows)
+    assert loader.rows.filled == pytest.approx(len(found) / (loader.windows_per_epoch * seq_len))
+    with pytest.raises(ConfigError, match="separate documents come in the order 'shuffled'"):
+        DataLoader(data, 1, seq_len, order="random", documents="separate")
+
+
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_whether_one_document_changes_the_loss_of_another(tmp_path: Path, documents: str) -> None:
+    """The loss of every row but those of the changed document: the same bits, or, joined, not."""
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(1, 90, draw.integers(5, 60)).tolist() for _ in range(20)]
+    changed = [*texts[:7], [91 + token for token in texts[7]], *texts[8:]]
+    model = BitNetForCausalLM(BitNetConfig(200, 32, 48, 1, 2, max_position_embeddings=16), 0)
+    losses = []
+    for name, version in (("before", texts), ("after", changed)):
+        (tmp_path / name).mkdir()
+        loader = DataLoader(make_documents(tmp_path / name, version, 1), 1, 16, documents=documents)
+        rows = [loader.batch(position) for position in range(loader.windows_per_epoch)]
+        with no_grad():
+            losses.append([(tokens.max() > 90, model(tokens, targets).item()) for tokens, targets in rows])
+    untouched = [before == after for (_, before), (own, after) in zip(*losses, strict=True) if not own]
+    mixed = [before != after for (_, before), (own, after) in zip(*losses, strict=True) if own]
+    assert len(untouched) > 10
+    assert any(mixed)
+    assert all(untouched)
+    # Joined, a window that holds the changed document holds tokens of others, whose losses change with it.
+    shared = [tokens for tokens, _ in rows if tokens.max() > 90 and (tokens[tokens > 0] < 91).any()]
+    assert bool(shared) == (documents == "joined")
 
 
 @pytest.mark.parametrize(("batch", "seq_len", "blocks"), [(4, 16, 62), (1, 1002, 1), (7, 501, 2), (100, 1, 1002)])

@@ -31,6 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
 
 
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of many lengths, so that separate ones leave rows unevenly full."""
+    root = tmp_path_factory.mktemp("lines")
+    (root / "text.txt").write_text("|".join(f"{n} squared is {n * n}"[n % 13 :] for n in range(900)))
+    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, separator="|", log=lambda line: None)
+
+
 def trainer(folder: Path, config: TrainerConfig = CONFIG, shape: BitNetConfig = SHAPE, **options: Any) -> Trainer:
     return Trainer(BitNetForCausalLM(shape, config.seed), folder, config, log=lambda line: None, **options)
 
@@ -72,10 +80,13 @@ def test_evaluation_is_the_mean_over_whole_blocks(folder: Path) -> None:
     assert few.evaluate() == pytest.approx(np.mean(losses[:6]), rel=1e-6)
 
 
-def test_accumulated_micro_batches_make_one_batch(folder: Path) -> None:
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_accumulated_micro_batches_make_one_batch(lines: Path, documents: str) -> None:
     """The same sequences in one batch of 4 or in 4 of 1: equal up to the order of sums over the batch."""
-    whole = trainer(folder, TrainerConfig(steps=3, batch_size=4, seq_len=16, sample_tokens=0))
-    parts = trainer(folder, TrainerConfig(steps=3, batch_size=1, grad_accum=4, seq_len=16, sample_tokens=0))
+    whole = trainer(lines, TrainerConfig(steps=3, batch_size=4, seq_len=16, sample_tokens=0, documents=documents))
+    parts = trainer(
+        lines, TrainerConfig(steps=3, batch_size=1, grad_accum=4, seq_len=16, sample_tokens=0, documents=documents)
+    )
     for a, b in zip(whole.fit(), parts.fit(), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
