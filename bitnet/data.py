@@ -40,8 +40,8 @@ class ShardDataset:
         self.shards: list[Shard] = []
         for entry in splits[split]["files"]:
             shard = Shard.open(self.folder / entry["file"])
-            listed = (entry["sha256"], self.vocab_size, self.fingerprint)
-            if (shard.sha256, shard.vocab_size, shard.fingerprint) != listed:
+            listed = (entry["sha256"], entry["index_sha256"], self.vocab_size, self.fingerprint)
+            if (shard.sha256, shard.index_sha256, shard.vocab_size, shard.fingerprint) != listed:
                 raise DataError(f"shard {shard.path} is not the one the manifest lists")
             self.shards.append(shard)
         self._begins = [0]  # first token of each shard, and the end
@@ -54,7 +54,7 @@ class ShardDataset:
 
     @property
     def documents(self) -> int:
-        return sum(len(shard.starts) for shard in self.shards)
+        return sum(shard.documents for shard in self.shards)
 
     @property
     def bytes_per_token(self) -> float:
@@ -76,7 +76,7 @@ class ShardDataset:
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """(documents + 1,) first token of each document, and the end."""
-        parts = [shard.starts.astype(np.int64) + begin for shard, begin in zip(self.shards, self._begins, strict=False)]
+        parts = [shard.starts + begin for shard, begin in zip(self.shards, self._begins, strict=False)]
         return np.concatenate([*parts, np.array([len(self)], np.int64)])
 
     def rows(self, batch_size: int, seq_len: int, seed: int, order: str, documents: str) -> Rows:

@@ -28,13 +28,17 @@ VOCAB = 70_000
 PRINT = "cd" * 32
 
 
+def sums(writer: ShardWriter) -> dict[str, str]:
+    return {"sha256": writer.sha256, "index_sha256": writer.index_sha256}
+
+
 def make_dataset(folder: Path, sizes: list[int]) -> ShardDataset:
     """Shards of the given sizes, holding 0, 1, 2 ... so that a token is its own place."""
     files, begin = [], 0
     for i, size in enumerate(sizes):
-        with ShardWriter(folder / f"{i}.shard", VOCAB, PRINT) as writer:
+        with ShardWriter(folder / f"{i}{SUFFIX}", VOCAB, PRINT) as writer:
             writer.append(range(begin, begin + size))
-        files.append({"file": writer.path.name, "tokens": size, "documents": 1, "sha256": writer.sha256})
+        files.append({"file": writer.path.name, "tokens": size, "documents": 1, **sums(writer)})
         begin += size
     tokenizer = {"name": "bytes", "vocab_size": VOCAB, "fingerprint": PRINT, "files": []}
     split = {"tokens": begin, "documents": len(sizes), "text_bytes": 2 * begin, "files": files}
@@ -143,7 +147,7 @@ def make_documents(folder: Path, documents: list[list[int]], shards: int = 2) ->
             for document in documents[i::shards]:
                 writer.append(document)
         size, count = writer.tokens, writer.documents
-        files.append({"file": writer.path.name, "tokens": size, "documents": count, "sha256": writer.sha256})
+        files.append({"file": writer.path.name, "tokens": size, "documents": count, **sums(writer)})
     tokenizer = {"name": "bytes", "vocab_size": VOCAB, "fingerprint": PRINT, "files": []}
     totals = {name: sum(entry[name] for entry in files) for name in ("tokens", "documents")}
     split = {**totals, "text_bytes": 2 * totals["tokens"], "files": files}
@@ -234,8 +238,9 @@ def test_refusals(dataset: ShardDataset) -> None:
 
 def test_a_shard_of_another_pack_is_refused(tmp_path: Path) -> None:
     make_dataset(tmp_path, [10, 20])
-    shutil.copy(tmp_path / "0.shard", tmp_path / "1.shard")
-    with pytest.raises(DataError, match=r"1\.shard is not the one the manifest lists"):
+    for suffix in ("bin", "idx"):
+        shutil.copy(tmp_path / f"0.{suffix}", tmp_path / f"1.{suffix}")
+    with pytest.raises(DataError, match=r"1\.bin is not the one the manifest lists"):
         ShardDataset(tmp_path)
 
 
@@ -281,7 +286,7 @@ def test_pack_is_reused_replaced_or_refused(corpus: Path, tmp_path: Path) -> Non
     first = run("sentencepiece")
     assert run("sentencepiece") == first
     assert any("already holds this pack" in line for line in said)
-    (tmp_path / "out" / "train-00000.shard").write_bytes(first["train-00000.shard"][:-1])
+    (tmp_path / "out" / "train-00000.bin").write_bytes(first["train-00000.bin"][:-1])
     assert run("sentencepiece") == first  # damaged: made again
     assert any("replacing it" in line for line in said)
     assert "tokenizer.model" not in run("bytes")

@@ -211,7 +211,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FLAGS = (
-    "--tokenizer sentencepiece --vocab-size 500 --max-mb 3 --shard-tokens 30000 --dedup exact --val-fraction 0.05"
+    "--tokenizer sentencepiece --vocab-size 500 --max-mb 2 --shard-tokens 20000 --dedup exact --val-fraction 0.05"
 ).split()
 
 
@@ -255,7 +255,7 @@ def test_a_killed_pack_of_other_text_is_begun_again(text: Path, tmp_path: Path, 
     out = tmp_path / "out"
     (out / "unfinished").mkdir(parents=True)
     (out / "unfinished" / "plan.json").write_text('{"stamp": "another"}', encoding="utf-8")
-    (out / "train-00099.shard").write_bytes(b"of another pack")
+    (out / "train-00099.bin").write_bytes(b"of another pack")
     assert main(["--data", str(text), "--out", str(out), *FLAGS]) == 0
     assert contents(out) == undisturbed
 

@@ -117,7 +117,7 @@ def test_data_that_changed_under_a_run(text: Path, capsys: pytest.CaptureFixture
     text.write_text(LINES[::-1])
     pack(text, "pack", "chars", seq_len=16, log=lambda line: None)
     assert "pack now holds" in refused(capsys, "--resume", "a", "--steps", "9")
-    shard = text.parent / "pack" / "train-00000.shard"
+    shard = text.parent / "pack" / "train-00000.bin"
     os.truncate(shard, shard.stat().st_size - 10)
     assert f"shard {shard} has " in refused(capsys, "--data", "pack", *SMALL, "--out", "b")
 

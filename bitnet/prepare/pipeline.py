@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from bitnet.prepare.screening import Preparation, Screening, screen
 from bitnet.prepare.shards import Series
 from bitnet.prepare.unfinished import FOLDER, Unfinished
 from bitnet.prepare.workers import batches, ordered_map
-from bitnet.shard import MANIFEST, SUFFIXES, read_manifest, write_manifest
+from bitnet.shard import INDEX_SUFFIX, MANIFEST, MAX_TOKENS, read_manifest, write_manifest
 from bitnet.tokenizer import SPECS, Tokenizer, build_tokenizer
 
 Source = str | Path | Iterable[str | Path]
@@ -63,8 +64,8 @@ def pack(
     in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
     ConfigError.
     """
-    if shard_tokens < 1:
-        raise ConfigError(f"shard_tokens must be at least 1, not {shard_tokens}")
+    if not 1 <= shard_tokens <= MAX_TOKENS:
+        raise ConfigError(f"shard_tokens must be 1 to {MAX_TOKENS}, not {shard_tokens}")
     out = Path(out)
     prepare = preparation or Preparation()
     corpus, name = open_corpus(source, separator, max_bytes, text_field, prepare.filters.fields)
@@ -92,11 +93,12 @@ def pack(
     if old.get("key") == key and _is_whole(out):
         log(f"{out} already holds this pack: nothing to do")
     else:
+        if unfinished.screening(stamp) is None:
+            unfinished.begin(stamp, found)
         if old:
             log(f"{out} holds a pack of other text or options: replacing it")
             _remove(out, old)
-        if unfinished.screening(stamp) is None:
-            unfinished.begin(stamp, found)
+        if not any(unfinished.shards(name) for name in SPLITS):
             _sweep(out)
         try:
             chosen = loaded or unfinished.tokenizer()
@@ -105,8 +107,8 @@ def pack(
                 unfinished.keep_tokenizer(chosen)
             splits = _write(out, corpus, found, split, chosen, shard_tokens, workers, unfinished, log)
         except BitnetError:
-            unfinished.discard()  # going on would meet the same text again
             _sweep(out)
+            unfinished.discard()  # going on would meet the same text again
             raise
         text = {"name": name, **asdict(survey), "validation": str(split), "files": found.sources}
         if not prepare.keeps_everything:
@@ -243,19 +245,24 @@ def _pack_in(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} is a file: a pack is a folder")
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
-    ours = {FOLDER, *(path.name for path in _leftovers(folder))}
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    # Shards and a tokenizer without a manifest are those of a pack that was killed, if it says that there was one.
+    ours = {path.name for path in _leftovers(folder)} | {FOLDER}
+    if (folder / FOLDER).is_dir():
+        ours |= {path.name for suffix in ("json", "model") for path in folder.glob(f"*.{suffix}")}
+    strange = sorted(path.name for path in folder.glob("*") if path.name not in ours)
     if strange:
-        # A tokenizer and no manifest: killed just before the end.
-        if (folder / FOLDER).is_dir() and all(name.rpartition(".")[2] in ("json", "model") for name in strange):
-            return {}
         raise DataError(f"{folder} is not a pack and not empty: it holds {strange[0]}")
     return {}
 
 
 def _leftovers(folder: Path) -> list[Path]:
     """Files that only the making of a pack leaves."""
-    return [path for path in folder.glob("*") if path.name.endswith((".partial", *SUFFIXES))]
+    shards = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx)") if (folder / FOLDER).is_dir() else None
+    return [
+        path
+        for path in folder.glob("*")
+        if path.name.endswith(".partial") or (shards is not None and shards.fullmatch(path.name))
+    ]
 
 
 def _sweep(folder: Path) -> None:
@@ -276,6 +283,6 @@ def _is_whole(folder: Path) -> bool:
 def _remove(folder: Path, manifest: dict[str, Any]) -> None:
     """Take away a pack: the manifest first, so that what is left never looks complete; then only files it listed."""
     (folder / MANIFEST).unlink()
-    shards = [entry["file"] for split in manifest["splits"].values() for entry in split["files"]]
-    for name in [*manifest["tokenizer"]["files"], *shards]:
+    shards = [Path(entry["file"]) for split in manifest["splits"].values() for entry in split["files"]]
+    for name in [*manifest["tokenizer"]["files"], *shards, *(shard.with_suffix(INDEX_SUFFIX) for shard in shards)]:
         (folder / name).unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitnet.errors import ConfigError
 from bitnet.shard import SUFFIX, ShardWriter
 
 
@@ -31,8 +30,6 @@ class Series:
         finished: Sequence[dict[str, Any]] = (),
         on_shard: Callable[[dict[str, Any]], object] = lambda entry: None,
     ) -> None:
-        if limit < 1:
-            raise ConfigError(f"shard_tokens must be at least 1, not {limit}")
         self.split = split
         self.next_document: int = finished[-1]["next"] if finished else 0
         self._folder, self._vocab_size, self._fingerprint, self._limit = folder, vocab_size, fingerprint, limit
@@ -57,7 +54,7 @@ class Series:
 
     def describe(self) -> dict[str, Any]:
         """The split as the manifest lists it."""
-        names = ("file", "tokens", "documents", "sha256")
+        names = ("file", "tokens", "documents", "sha256", "index_sha256")
         total = {name: sum(entry[name] for entry in self._entries) for name in ("tokens", "documents", "bytes")}
         return {
             "tokens": total["tokens"],
@@ -72,11 +69,12 @@ class Series:
         writer.close()
         entry = {
             "split": self.split,
-            "index": len(self._entries),
+            "number": len(self._entries),
             "file": writer.path.name,
             "tokens": writer.tokens,
             "documents": writer.documents,
             "sha256": writer.sha256,
+            "index_sha256": writer.index_sha256,
             "bytes": self._bytes,
             "next": number,
         }

@@ -77,9 +77,10 @@ class Unfinished:
         out: list[dict[str, Any]] = []
         for entry in self._entries():
             try:
-                if (entry["split"], entry["index"]) != (split, len(out)):
+                if (entry["split"], entry["number"]) != (split, len(out)):
                     continue
-                if Shard.open(self._out / entry["file"]).sha256 == entry["sha256"]:
+                shard = Shard.open(self._out / entry["file"])
+                if (shard.sha256, shard.index_sha256) == (entry["sha256"], entry["index_sha256"]):
                     out.append(entry)
             except BitnetError:
                 continue
