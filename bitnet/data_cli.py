@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from bitnet.corpus import RECIPES
+from bitnet import recipes
 from bitnet.data import ShardDataset
-from bitnet.errors import BitnetError
-from bitnet.prepare import DEDUP, SHARD_TOKENS, Filters, Preparation, pack
-from bitnet.shard import read_manifest
+from bitnet.errors import BitnetError, ConfigError
+from bitnet.prepare import DEDUP, SHARD_TOKENS, pack
+from bitnet.shard import MANIFEST, read_manifest
 from bitnet.tokenizer import SPECS
 
 __all__ = ["main", "pack"]
@@ -19,6 +20,7 @@ EXAMPLES = """\
 examples:
   bitnet data --data book.txt --out packs/book --tokenizer chars
   bitnet data --data web/*.jsonl.zst --out packs/web --dedup near --min-score 3 --language en --workers 8
+  bitnet data --recipe tinystories --out packs/tinystories          asks the hub; --data FILE reads it from there
 
 Killed, the same command goes on with the first shard that was not finished.
 """
@@ -32,37 +34,38 @@ def arguments() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
+    parser.add_argument(
         "--data", nargs="+", metavar="PATH", help="text, .jsonl (.gz, .zst), .parquet, folders of them, hub:OWNER/NAME"
     )
-    source.add_argument("--recipe", choices=RECIPES, help="text already on this machine; see datasets/README.md")
+    parser.add_argument("--recipe", metavar="NAME", help="stdlib, another of datasets/, or a .yaml; --data: from there")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--tokenizer", default="sentencepiece", metavar="SPEC", help=f"{', '.join(SPECS)}, or a .model or .json file"
+        "--tokenizer", metavar="SPEC", help=f"sentencepiece; {', '.join(SPECS)}, a .model or .json file"
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="for sentencepiece (default 4096)")
-    parser.add_argument("--seq", type=int, default=256, metavar="T", help="window the data must hold (default 256)")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="for sentencepiece (4096)")
+    parser.add_argument("--seq", dest="seq_len", type=int, metavar="T", help="window the data must hold (256)")
     parser.add_argument("--val-fraction", type=float, metavar="X", help="held out (default 0.01, one document: 0.1)")
     parser.add_argument("--separator", metavar="TEXT", help="what stands between documents in text files")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of a record, such as text or body.plain")
+    parser.add_argument("--text-field", metavar="NAME", help="of a record (text), such as body.plain")
     parser.add_argument("--max-mb", type=float, metavar="MB", help="stop after this much text")
-    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="most tokens in a file")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; no byte depends on them")
+    parser.add_argument("--shards", type=int, metavar="N", help="equal parts of the corpus, a file or more each (1)")
+    parser.add_argument("--shard-tokens", type=int, metavar="N", help=f"most tokens in a file ({SHARD_TOKENS:,})")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (1); no byte depends on them")
     parser.add_argument("--verify", action="store_true", help="read the pack again and check every byte")
     screen = parser.add_argument_group("documents to leave out", "By default none.")
     screen.add_argument("--min-score", type=float, metavar="X", help="least score a record must have")
-    screen.add_argument("--score-field", default="score", metavar="NAME", help="where it stands (score)")
+    screen.add_argument("--score-field", metavar="NAME", help="where it stands (score)")
     screen.add_argument("--language", metavar="CODE", help="language a record must have")
-    screen.add_argument("--language-field", default="language", metavar="NAME", help="where it stands (language)")
+    screen.add_argument("--language-field", metavar="NAME", help="where it stands (language)")
+    screen.add_argument("--where", nargs="+", metavar="NAME=TEXT", help="what fields of a record must hold")
     screen.add_argument("--min-chars", type=int, metavar="N", help="shortest document")
     screen.add_argument("--max-chars", type=int, metavar="N", help="longest document")
     screen.add_argument(
         "--max-repetition", type=float, metavar="X", help="largest share of repeated five-word stretches"
     )
-    screen.add_argument("--dedup", choices=DEDUP, default="none", help="duplicates: exact, or near (exact too)")
-    screen.add_argument("--near", type=float, default=0.7, metavar="X", help="similarity of near duplicates (0.7)")
-    screen.add_argument("--across", type=float, default=0.5, metavar="X", help="of held-out and training text (0.5)")
+    screen.add_argument("--dedup", choices=DEDUP, help="duplicates: exact, or near (exact too)")
+    screen.add_argument("--near", type=float, metavar="X", help="similarity of near duplicates (0.7)")
+    screen.add_argument("--across", type=float, metavar="X", help="of held-out and training text (0.5)")
     return parser
 
 
@@ -70,32 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
     try:
-        filters = Filters(
-            args.min_score,
-            args.score_field,
-            args.language,
-            args.language_field,
-            args.min_chars,
-            args.max_chars,
-            args.max_repetition,
-        )
-        out = pack(
-            args.recipe or args.data,
-            args.out,
-            args.tokenizer,
-            args.vocab_size,
-            seq_len=args.seq,
-            val_fraction=args.val_fraction,
-            separator=args.separator,
-            text_field=args.text_field,
-            max_bytes=None if args.max_mb is None else int(args.max_mb * 1e6),
-            shard_tokens=args.shard_tokens,
-            preparation=Preparation(filters, args.dedup, args.near, args.across),
-            workers=args.workers,
-        )
+        out = _run(args)
         if args.verify:
-            for part in read_manifest(out)["splits"]:
-                ShardDataset(out, part).verify()
+            for folder in [out] if out.is_dir() else [path.parent for path in out.parent.glob(f"*/{MANIFEST}")]:
+                for part in read_manifest(folder)["splits"]:
+                    ShardDataset(folder, part).verify()
             print("verified: every checksum and every id")
     except BitnetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,6 +87,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"next: bitnet train --data {out}")
     return 0
+
+
+PACK_FLAGS = "tokenizer vocab_size seq_len val_fraction separator text_field shards shard_tokens workers".split()
+SCREEN_FLAGS = (
+    "min_score score_field language language_field where min_chars max_chars max_repetition dedup near across".split()
+)
+
+
+def _run(args: argparse.Namespace) -> Path:
+    """The pack that was made, or the mixture of several."""
+    options, screen = (
+        {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        for names in (PACK_FLAGS, SCREEN_FLAGS)
+    )
+    if args.max_mb is not None:
+        options["max_bytes"] = int(args.max_mb * 1e6)
+    if "where" in screen:
+        pairs = [pair.partition("=") for pair in screen["where"]]
+        screen["where"] = {name: value for name, _, value in pairs}
+    if args.recipe is not None and args.recipe != "stdlib":
+        return recipes.run(recipes.find(args.recipe), args.out, args.data or (), options, screen)
+    if (args.recipe is None) == (args.data is None):
+        raise ConfigError("either --data or --recipe names the text")
+    return pack(args.recipe or args.data, args.out, preparation=recipes.preparation(screen), **options)
 
 
 if __name__ == "__main__":

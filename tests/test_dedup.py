@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from bitnet import recipes
 from bitnet.corpus import Corpus, Document, Split
 from bitnet.data import ShardDataset
 from bitnet.data_cli import main
 from bitnet.errors import ConfigError, DataError
+from bitnet.mixture import Mixture
 from bitnet.prepare import Filters, Preparation, pack
 from bitnet.prepare.exact import digest
 from bitnet.prepare.filters import repetition
@@ -145,26 +147,27 @@ def test_nothing_held_out_has_a_near_duplicate_in_training(tmp_path: Path) -> No
 
 
 def test_filters(tmp_path: Path) -> None:
-    good = {"text": "a good one", "score": 3, "meta": {"language": "en"}}
+    good = {"text": "a good one", "score": 3, "id": 1, "meta": {"language": "en"}}
     rows = [
         good,
         good | {"score": 2.9},
         good | {"score": "4"},
         {"text": "no record"},
         good | {"meta": {"language": "de"}},
+        good | {"id": 2},
         good | {"text": "short"},
         good | {"text": "so long " * 9},
         good | {"text": "la la la la la la la"},
     ]
-    filters = Filters(3.0, "score", "en", "meta.language", 6, 50, 0.3)
+    filters = Filters(3.0, "score", "en", "meta.language", 6, 50, 0.3, (("id", "1"),))
     path = write(tmp_path / "x.jsonl", rows)
-    fates = ["", "score", "score", "score", "language", "length", "length", "repetition"]
+    fates = ["", "score", "score", "score", "language", "where", "length", "length", "repetition"]
     assert dropped(path, Preparation(filters)) == fates
     assert repetition("a b c d") == 0
     assert repetition("a b c d e f g") == 0
     assert repetition("a a a a a a") == 0.5
     assert Filters().refuses(Document("")) is None
-    with pytest.raises(DataError, match="no document is left of 8: 5 by language, 3 by score"):
+    with pytest.raises(DataError, match="no document is left of 9: 6 by language, 3 by score"):
         dropped(path, Preparation(Filters(2.95, language="fr", language_field="meta.language")))
     for bad in ({"min_chars": -1}, {"max_repetition": 1.5}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
@@ -269,3 +272,60 @@ def test_workers_report_errors_and_leave(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(ConfigError, match="workers must be at least 1, not 0"):
         pack(path, tmp_path / "out", "bytes", workers=0, **QUIET)
+
+
+def test_a_recipe_of_parts_makes_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline: files in the place of the recipe's source."""
+    draw = random.Random(2)
+    sets = ["CommonCrawl", "C4", "Github", "ArXiv", "Book", "Wikipedia", "StackExchange"]
+    rows = [
+        {"text": prose(draw, 60), "meta": {"redpajama_set_name": f"RedPajama{name}"}}
+        for name in sets
+        for _ in range(30)
+    ]
+    path = write(tmp_path / "chunk.jsonl", rows)
+    flags = ["--tokenizer", "bytes", "--shards", "3", "--seq", "16", "--verify"]
+    assert main(["--recipe", "redpajama", "--data", str(path), "--out", str(tmp_path / "out"), *flags]) == 0
+    assert "part wikipedia:" in capsys.readouterr().out
+    mix = Mixture.open([str(tmp_path / "out" / "mixture.yaml")])
+    assert [source.name for source in mix.sources][:2] == ["commoncrawl", "c4"]
+    assert mix.weights == pytest.approx([0.522, 0.267, 0.052, 0.046, 0.042, 0.038, 0.033])
+    assert {source.dataset.documents for source in mix.sources} == {30}
+    assert main(["--recipe", "tinystories", "--data", str(path), "--out", str(tmp_path / "one"), *flags]) == 0
+    data = ShardDataset(tmp_path / "one")
+    assert len(data.shards) == 3
+    sizes = [len(shard) for shard in data.shards]
+    assert max(sizes) - min(sizes) < 0.1 * max(sizes)
+
+
+def test_recipes_name_what_they_need() -> None:
+    files = sorted((Path(__file__).parents[1] / "datasets").glob("*.yaml"))
+    assert [path.stem for path in files] == ["fineweb-edu", "redpajama", "slimpajama", "tinystories"]
+    for path in files:
+        recipe = recipes.find(path.stem)
+        assert recipe.sha256 == "unknown" or "unknown (" in recipe.sha256
+        recipes.preparation(recipe.prepare)
+        Corpus(recipe.source)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("- 5", "should hold names and values"),
+        ("{", "is not YAML"),
+        ("about: a", "has no text 'licence'"),
+        ("{about: a, licence: b, sha256: c}", "has no list of sources"),
+        (
+            "{about: a, licence: b, sha256: c, source: [x], pack: {shard: 5}}",
+            "a field 'shard' that recipes do not know",
+        ),
+        ("{about: a, licence: b, sha256: c, source: [x], prepare: {minscore: 5}}", "a field 'minscore'"),
+        ("{about: a, licence: b, sha256: c, source: [x], parts: {one: {wait: 1}}}", "a field 'wait'"),
+    ],
+)
+def test_recipe_lies(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=match):
+        recipes.find(str(tmp_path / "x.yaml"))
+    with pytest.raises(ConfigError, match="there is no recipe 'pile'; one of fineweb-edu, "):
+        recipes.find("pile")

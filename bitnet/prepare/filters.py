@@ -21,6 +21,7 @@ class Filters:
     min_chars: int | None = None
     max_chars: int | None = None
     max_repetition: float | None = None  # see repetition()
+    where: tuple[tuple[str, str], ...] = ()  # fields and the text each must hold
 
     def __post_init__(self) -> None:
         for name in ("min_chars", "max_chars"):
@@ -34,7 +35,7 @@ class Filters:
     def fields(self) -> tuple[str, ...]:
         """The fields of a record that are judged."""
         wanted = (self.score_field, self.min_score), (self.language_field, self.language)
-        return tuple(name for name, bound in wanted if bound is not None)
+        return (*(name for name, bound in wanted if bound is not None), *(name for name, _ in self.where))
 
     def refuses(self, document: Document) -> str | None:
         """Which bound the document breaks first, None if it passes."""
@@ -44,6 +45,8 @@ class Filters:
                 return "score"
         if self.language is not None and document.fields.get(self.language_field) != self.language:
             return "language"
+        if any(str(document.fields.get(name)) != value for name, value in self.where):
+            return "where"
         if not (self.min_chars or 0) <= len(document.text) <= (self.max_chars or len(document.text)):
             return "length"
         if self.max_repetition is not None and repetition(document.text) > self.max_repetition:

@@ -50,6 +50,7 @@ def pack(
     text_field: str = "text",
     max_bytes: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    shards: int = 1,
     preparation: Preparation | None = None,
     workers: int = 1,
     log: Log = print,
@@ -58,7 +59,9 @@ def pack(
 
     source: "stdlib", or one or more paths (see Corpus). tokenizer: see build_tokenizer. seq_len: the training split
     must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator, text_field,
-    max_bytes: see Corpus. preparation: which documents to leave out. workers: processes; no byte depends on them.
+    max_bytes: see Corpus. shards: equal parts the corpus is cut into, each with training shards of its own, more
+    where one would exceed shard_tokens. preparation: which documents to leave out. workers: processes; no byte depends
+    on them.
 
     A pack already there is kept if it was made from the same text and options, replaced if not; one that was killed
     in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
@@ -66,6 +69,8 @@ def pack(
     """
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ConfigError(f"shard_tokens must be 1 to {MAX_TOKENS}, not {shard_tokens}")
+    if shards < 1:
+        raise ConfigError(f"shards must be at least 1, not {shards}")
     out = Path(out)
     prepare = preparation or Preparation()
     corpus, name = open_corpus(source, separator, max_bytes, text_field, prepare.filters.fields)
@@ -73,7 +78,7 @@ def pack(
     # A trained tokenizer follows from the text and these words; one that is loaded is known by its own fingerprint.
     loaded = None if tokenizer in SPECS else build_tokenizer(tokenizer, [], 0)
     made_by: list[Any] = [tokenizer, vocab_size] if loaded is None else [loaded.fingerprint()]
-    options = [val_fraction, shard_tokens, made_by, prepare.settings()]
+    options = [val_fraction, shard_tokens, shards, made_by, prepare.settings()]
     unfinished = Unfinished(out)
     stamp = _key(corpus.stamp(), options)
     found = unfinished.screening(stamp)
@@ -89,7 +94,7 @@ def pack(
         log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
     split = Split.choose(survey, val_fraction)
     log(f"held out for validation: {split}")
-    key = _key(survey.sha256, split.fraction, split.by_position, shard_tokens, made_by, prepare.settings())
+    key = _key(survey.sha256, split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings())
     if old.get("key") == key and _is_whole(out):
         log(f"{out} already holds this pack: nothing to do")
     else:
@@ -105,7 +110,7 @@ def pack(
             if chosen is None:
                 chosen = _train(tokenizer, corpus, found, split, vocab_size, log)
                 unfinished.keep_tokenizer(chosen)
-            splits = _write(out, corpus, found, split, chosen, shard_tokens, workers, unfinished, log)
+            splits = _write(out, corpus, found, split, chosen, (shard_tokens, shards), workers, unfinished, log)
         except BitnetError:
             _sweep(out)
             unfinished.discard()  # going on would meet the same text again
@@ -171,8 +176,8 @@ def _train(spec: str, corpus: Corpus, found: Screening, split: Split, vocab_size
     return tokenizer
 
 
-Part = tuple[int, int, str]  # number of the document, which of SPLITS, and the text of it that is there
-Encoded = tuple[int, int, int, npt.NDArray[np.integer[Any]]]  # the same with the text's bytes and its tokens
+Part = tuple[int, int, int, str]  # number of the document, which of SPLITS, which part of the corpus, and its text
+Encoded = tuple[int, int, int, int, npt.NDArray[np.integer[Any]]]  # the same with the text's bytes and its tokens
 
 
 class _Encoder:
@@ -183,7 +188,10 @@ class _Encoder:
 
     def __call__(self, batch: list[Part]) -> list[Encoded]:
         encode = self._tokenizer.encode_document
-        return [(number, side, len(text.encode()), np.array(encode(text), np.int32)) for number, side, text in batch]
+        return [
+            (number, side, place, len(text.encode()), np.array(encode(text), np.int32))
+            for number, side, place, text in batch
+        ]
 
 
 def _write(
@@ -192,13 +200,14 @@ def _write(
     found: Screening,
     split: Split,
     tokenizer: Tokenizer,
-    shard_tokens: int,
+    limits: tuple[int, int],
     workers: int,
     unfinished: Unfinished,
     log: Log,
 ) -> dict[str, Any]:
-    """The splits as the manifest lists them."""
+    """The splits as the manifest lists them. limits: pack's shard_tokens and shards."""
     check = Counter()
+    shard_tokens, shards = limits
     with Progress("packing", found.kept_bytes) as bar, ExitStack() as stack:
         shape = (tokenizer.vocab_size, tokenizer.fingerprint(), shard_tokens)
         series = []
@@ -209,19 +218,22 @@ def _write(
             series.append(stack.enter_context(Series(out, name, *shape, done, unfinished.keep_shard)))
 
         def parts() -> Iterator[tuple[Part, int]]:
+            before = 0  # bytes kept
             for number, text in enumerate(corpus):
-                check.add(text)
+                size = check.add(text)
                 if not found.keeps(number):
                     continue
+                place = before * shards // found.kept_bytes
+                before += size
                 for side, part in enumerate(split.parts(text)):
                     if part and number >= series[side].next_document:
-                        yield (number, side, part), len(part)
+                        yield (number, side, 0 if side else place, part), len(part)
                     elif part:
                         bar.skip(len(part.encode()))
 
         for batch in ordered_map(_Encoder(tokenizer), batches(parts()), workers):
-            for number, side, size, tokens in batch:
-                series[side].append(number, tokens, size)
+            for number, side, place, size, tokens in batch:
+                series[side].append(number, tokens, size, place)
                 bar.add(size, len(tokens))
         if check.survey() != found.survey:
             raise DataError("the text changed while it was packed: pack it again")

@@ -21,7 +21,7 @@ from bitnet.prepare.near import NearIndex, signature
 from bitnet.prepare.workers import batches, ordered_map
 
 DEDUP = ("none", "exact", "near")
-REASONS = ("", "score", "language", "length", "repetition", "exact", "near", "across")  # "": kept
+REASONS = ("", "score", "language", "where", "length", "repetition", "exact", "near", "across")  # "": kept
 DEFAULT_HELD_OUT = 0.01
 
 

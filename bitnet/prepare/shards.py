@@ -36,16 +36,19 @@ class Series:
         self._entries = list(finished)
         self._on_shard = on_shard
         self._writer: ShardWriter | None = None
+        self._part = 0
         self._bytes = 0  # of text in the current shard
 
     @property
     def tokens(self) -> int:
         return sum(entry["tokens"] for entry in self._entries) + (self._writer.tokens if self._writer else 0)
 
-    def append(self, number: int, tokens: npt.NDArray[np.integer[Any]], size: int) -> None:
-        """Write document `number`, whose text has `size` bytes."""
-        if self._writer is not None and self._writer.tokens + len(tokens) > self._limit:
+    def append(self, number: int, tokens: npt.NDArray[np.integer[Any]], size: int, part: int = 0) -> None:
+        """Write document `number`, whose text has `size` bytes. A shard holds documents of one `part` of the corpus."""
+        full = self._writer is not None and self._writer.tokens + len(tokens) > self._limit
+        if full or (self._writer is not None and part != self._part):
             self._on_shard(self._end_shard(number))
+        self._part = part
         if self._writer is None:
             path = self._folder / f"{self.split}-{len(self._entries):05d}{SUFFIX}"
             self._writer = ShardWriter(path, self._vocab_size, self._fingerprint)

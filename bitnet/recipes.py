@@ -1,0 +1,145 @@
+"""Recipes for known corpora: YAML files that name a source and say how its text is packed; see datasets/README.md.
+
+    about: what the text is             licence: under which it is published       size: what its publisher says
+    source: [hub:OWNER/NAME ...]        sha256: of the packed text, or unknown, and how to find it
+    pack: {tokenizer: ..., vocab_size: ..., shards: ..., separator: ..., text_field: ..., val_fraction: ...}
+    prepare: {dedup: ..., min_score: ..., ...}, the fields of Preparation and Filters
+    parts: {NAME: {weight: ..., epochs: ..., shards: ..., where: {field: value}}}, each a pack of its own, with a
+        mixture.yaml beside them
+
+Nothing is fetched but by naming a recipe; with files of your own in the place of its source it works offline.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bitnet.errors import ConfigError
+from bitnet.prepare import Filters, Preparation, pack
+
+FIELDS = ("about", "licence", "size", "source", "sha256", "pack", "prepare", "parts")
+PACK_FIELDS = ("tokenizer", "vocab_size", "shards", "separator", "text_field", "val_fraction", "shard_tokens")
+PART_FIELDS = ("weight", "epochs", "shards", "where", "source")
+MIXTURE = "mixture.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's file, its names checked."""
+
+    path: Path
+    about: str
+    licence: str
+    source: tuple[str, ...]
+    sha256: str
+    pack: dict[str, Any]
+    prepare: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+
+
+def folders() -> list[Path]:
+    """Where recipes are looked for by name: beside the package in a checkout, or where it was installed."""
+    return [Path(__file__).parents[1] / "datasets", Path(sysconfig.get_path("data"), "share", "bitnet", "datasets")]
+
+
+def find(name: str) -> Recipe:
+    """A recipe by name, or by the path of its file. Raises ConfigError."""
+    places = [Path(name)] if name.endswith(".yaml") else [folder / f"{name}.yaml" for folder in folders()]
+    for path in places:
+        if path.is_file():
+            return read(path)
+    known = sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")} | {"stdlib"})
+    raise ConfigError(f"there is no recipe {name!r}; one of {', '.join(known)}, or a file that ends in .yaml")
+
+
+def read(path: Path) -> Recipe:
+    """Raises ConfigError naming file and field."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    _check(path, value, FIELDS)
+    for name in ("about", "licence", "sha256"):
+        if not isinstance(value.get(name), str):
+            raise ConfigError(f"{path} has no text {name!r}")
+    source = value.get("source")
+    if not isinstance(source, list) or not source or not all(isinstance(one, str) for one in source):
+        raise ConfigError(f"{path} has no list of sources")
+    _check(path, value.get("pack", {}), PACK_FIELDS)
+    _check(path, value.get("prepare", {}), _preparation_fields())
+    _check(path, value.get("parts", {}), None)
+    for part in value.get("parts", {}).values():
+        _check(path, part, PART_FIELDS)
+    inner = [value.get(name, {}) for name in ("pack", "prepare", "parts")]
+    return Recipe(path, value["about"], value["licence"], tuple(source), value["sha256"], *inner)
+
+
+def preparation(values: dict[str, Any]) -> Preparation:
+    """From the flat names of Preparation and Filters."""
+    values = dict(values)
+    if "where" in values:
+        values["where"] = tuple((name, str(value)) for name, value in dict(values["where"]).items())
+    own = {field.name for field in fields(Preparation)} - {"filters"}
+    try:
+        filters = Filters(**{name: value for name, value in values.items() if name not in own})
+        return Preparation(filters, **{name: value for name, value in values.items() if name in own})
+    except TypeError as error:
+        raise ConfigError(f"a filter has a value of the wrong type: {error}") from None
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    data: Sequence[str] = (),
+    pack_options: dict[str, Any] | None = None,
+    prepare_options: dict[str, Any] | None = None,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Pack a recipe into folder `out`. data: files in the place of its source; options override the recipe's."""
+    log(f"recipe: {recipe.about} ({recipe.licence})")
+    options = {**recipe.pack, **(pack_options or {})}
+    prepare = {**recipe.prepare, **(prepare_options or {})}
+    out = Path(out)
+    if not recipe.parts:
+        return pack(list(data) or list(recipe.source), out, preparation=preparation(prepare), **options, log=log)
+    for name, part in recipe.parts.items():
+        log(f"part {name}:")
+        own = {**prepare, "where": {**prepare.get("where", {}), **part.get("where", {})}}
+        shards = {"shards": part["shards"]} if "shards" in part else {}
+        source = list(data) or part.get("source") or list(recipe.source)
+        pack(source, out / name, preparation=preparation(own), **{**options, **shards}, log=log)
+        options["tokenizer"] = str(out / name)  # of the first part, for all
+    _write_mixture(recipe, out)
+    return out / MIXTURE
+
+
+def _write_mixture(recipe: Recipe, out: Path) -> None:
+    import yaml
+
+    sources = [
+        {"data": name, **{key: part[key] for key in ("weight", "epochs") if key in part}}
+        for name, part in recipe.parts.items()
+    ]
+    partial = out / (MIXTURE + ".partial")
+    partial.write_text(yaml.safe_dump({"sources": sources}, sort_keys=False), encoding="utf-8")
+    partial.replace(out / MIXTURE)
+
+
+def _preparation_fields() -> tuple[str, ...]:
+    return tuple(field.name for kind in (Preparation, Filters) for field in fields(kind) if field.name != "filters")
+
+
+def _check(path: Path, value: Any, known: Sequence[str] | None) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} should hold names and values, not {value!r}")
+    strange = [name for name in value if known is not None and name not in known]
+    if strange:
+        raise ConfigError(
+            f"{path} has a field {strange[0]!r} that recipes do not know; one of {', '.join(known or ())}"
+        )
