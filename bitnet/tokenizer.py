@@ -465,7 +465,8 @@ class FileTokenizer(Tokenizer):
         return [id_ for begin, end in pairwise(cuts) for id_ in self._ids(text[begin:end])]
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        # The batch's encoder keeps no offsets into the text, which saves a quarter of the time.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
