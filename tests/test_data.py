@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet.config import BitNetConfig
@@ -85,6 +85,7 @@ def test_batches_are_a_function_of_seed_and_position(dataset: ShardDataset, orde
         assert np.array_equal(tokens, tokens[:, :1] + np.arange(16))
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(size=st.integers(2, 200), seq_len=st.integers(1, 40), batch=st.integers(1, 7), seed=st.integers(0, 2**64 - 1))
 def test_an_epoch_visits_every_window_once(
     tmp_path_factory: pytest.TempPathFactory, size: int, seq_len: int, batch: int, seed: int
@@ -155,6 +156,7 @@ def make_documents(folder: Path, documents: list[list[int]], shards: int = 2) ->
     return ShardDataset(folder)
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=12), seq_len=st.integers(1, 20))
 def test_separate_documents(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int) -> None:
     """Every row is of one document, from its start or a cut; every token but each first is a target once an epoch."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet.errors import DataError
@@ -72,6 +72,7 @@ def read_megatron(path: Path) -> list[list[int]]:
     return [np.concatenate(reads[a:b]).tolist() for a, b in pairwise(documents)]
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(
     documents=st.lists(st.lists(st.integers(0, 299), max_size=50), max_size=20), vocab=st.sampled_from([300, 1 << 20])
 )
