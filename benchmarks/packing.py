@@ -1,8 +1,8 @@
 """How fast text becomes packed tokens: `bitnet data` beside datasets + tokenizers, one core, the same tokenizer.json.
 
 `python benchmarks/packing.py [--megabytes 20] [--rounds 3]`; needs pip install '.[data]'. Each engine is a process of
-its own, bound to one processor. What counts is the processor's time from the first byte read to the last written, which a
-busy machine changes less than the clock's; interpreter and imports are left out. Both read one JSONL file and write
+its own, bound to one processor. What counts is the processor's time from the first byte read to the last written, which
+a busy machine changes less than the clock's; interpreter and imports are left out. Both read one JSONL file and write
 every token of it: bitnet into shards (read twice: once to fingerprint the text and choose the split, once to pack),
 datasets into its Arrow folder (`load_dataset`, batched `map`, `save_to_disk`, no cache before). The tokens of both are
 compared: engines that make different ones are no comparison. bitnet_near removes near duplicates on the way.

@@ -367,7 +367,7 @@ class Trainer:
                 "val_loss": None,
                 "perplexity": None,
                 "perplexity_ema": self.watch.perplexity,
-                "tokens_per_second": c.tokens_per_step / seconds,
+                "tokens_per_second": sum(counts) / seconds,
                 "mfu": mfu.mfu(self._macs, self.peaks, seconds),
                 "lr": lr,
                 "grad_norm": norm,

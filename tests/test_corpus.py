@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -230,3 +231,24 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"hub:plain needs datasets: pip install 'bitnet\[data\]'"):
         list(Corpus(["hub:plain"]))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.parquet", "x.txt"])
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, name: str) -> None:
+    """What Python holds at most while 16 MB go by; pyarrow's own buffers are a row group's."""
+    zstandard, arrow, parquet = map(pytest.importorskip, ("zstandard", "pyarrow", "pyarrow.parquet"))
+    texts = [f"{i} " * 800 for i in range(4000)]
+    if name == "x.parquet":
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / name)
+    elif name == "x.txt":
+        put(tmp_path, {name: "<>".join(texts).encode()})
+    else:
+        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+        put(tmp_path, {name: pack(lines(*texts))})
+    del texts
+    tracemalloc.start()
+    size = sum(map(len, Corpus([tmp_path / name], separator="<>")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 15_000_000
+    assert peak < 6_000_000

@@ -221,7 +221,7 @@ def test_eval_blocks(dataset: ShardDataset, batch: int, seq_len: int, blocks: in
 
 
 def test_refusals(dataset: ShardDataset) -> None:
-    for settings, error, match in (
+    for options, error, match in (
         ({"seq_len": 1003}, DataError, "has 1003 tokens: too few for one window of 1003"),
         ({"batch_size": 0}, ConfigError, "at least 1, not 0 and 16"),
         ({"seq_len": 0}, ConfigError, "at least 1"),
@@ -229,7 +229,7 @@ def test_refusals(dataset: ShardDataset) -> None:
         ({"order": "sorted"}, ConfigError, "not 'sorted'"),
     ):
         with pytest.raises(error, match=match):
-            DataLoader(dataset, **{"batch_size": 4, "seq_len": 16, **settings})
+            DataLoader(dataset, **{"batch_size": 4, "seq_len": 16, **options})
     with pytest.raises(ConfigError, match="counted from 0"):
         DataLoader(dataset, 4, 16).batch(-1)
     with pytest.raises(DataError, match="too few"):

@@ -16,6 +16,7 @@ from bitnet.errors import ConfigError, DataError
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 PARQUET_ROWS = 256  # held at a time
+ZSTD_BYTES = 1024  # read at a time: a block of 4 bytes can stand for 128 KB, so no more than 32 MB come out of them
 
 
 def read_records(path: Path, source: str, text_field: str, wanted: Sequence[str]) -> Iterator[Document]:
@@ -87,11 +88,16 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     if path.suffix == ".zst":
-        rest = b""
+        pieces: list[bytes] = []  # of the line that is not whole yet
         for block in _unzstd(path):
-            *whole, rest = (rest + block).split(b"\n")
-            yield from whole
-        yield rest
+            head, newline, rest = block.partition(b"\n")
+            pieces.append(head)
+            if newline:
+                *whole, rest = rest.split(b"\n")
+                yield b"".join(pieces)
+                yield from whole
+                pieces = [rest]
+        yield b"".join(pieces)
         return
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         yield from file
@@ -102,7 +108,7 @@ def _unzstd(path: Path) -> Iterator[bytes]:
     zstandard = need("zstandard", str(path))
     frame = None
     with open(path, "rb") as file:
-        while block := file.read(1 << 17):
+        while block := file.read(ZSTD_BYTES):
             while block:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(block)

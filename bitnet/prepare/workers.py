@@ -1,7 +1,8 @@
 """Work on batches of documents in several processes, with the results in the order of the batches.
 
 One process or many, the results are the same and come in the same order, so nothing that is written depends on how
-many there were. At most a few batches for each process are held.
+many there were. At most a few batches for each process are held. The processes begin as fresh interpreters, so a script
+that asks for several keeps its own work under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
