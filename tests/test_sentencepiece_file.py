@@ -69,15 +69,15 @@ def test_pieces_come_back(pieces: list[Piece]) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"\x0a\x05ab", "ends outside it"),
-        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "ends outside it"),  # a length near 2**63
-        (b"\x0d\x00", "ends outside it"),
-        (b"\x80" * 100, "has no end"),
-        (b"\x08\xff", "has no end"),
+        (b"\x0a\x05ab", "should have . bytes, but"),
+        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "should have 9223372036854775807 bytes"),  # a length near 2**63
+        (b"\x0d\x00", "should have . bytes, but"),
+        (b"\x80" * 100, "no number below 2\\^64"),
+        (b"\x08\xff", "a number is cut off"),
         (b"\x0b", "wire type 3"),
         (b"\x0a\x03\x0a\x01\xff", "not UTF-8"),
         (b"\x0a\x02\x18\x07", "unknown type 7"),
-        (b"\x0a\x02\x0a\x09", "ends outside it"),
+        (b"\x0a\x02\x0a\x09", "should have . bytes, but"),
     ],
 )
 def test_bytes_that_are_no_model_are_refused(data: bytes, match: str) -> None:
