@@ -121,3 +121,15 @@ def two_stage(
     if step < total / 2:
         return lr * remaining, weight_decay
     return second_lr * remaining, 0.0
+
+
+def stable_decay(step: int, total: int, lr: float, min_lr: float, warmup: int, share: float) -> float:
+    """Learning rate of a step (from 0): linear warm-up, constant, then linear to min_lr over the last share of steps.
+
+    The constant part does not depend on `total`: a run can be made longer, or ended early, from any of its checkpoints.
+    Source: Hu et al. 2024, arXiv 2404.06395, section 4; Haegele et al. 2024, arXiv 2405.18392.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    left = (total - step) / max(1.0, share * total)
+    return min_lr + (lr - min_lr) * max(0.0, min(1.0, left))

@@ -62,9 +62,10 @@ class TrainerConfig:
     documents: str = option("joined", "joined: windows run across documents; separate: none does, the rest is padding")
     seed: int = option(0, "of initial weights, batches and samples")
     lr: float = option(2e-3, "peak learning rate", True)
-    min_lr: float | None = option(None, "cosine: final rate (lr / 10); two-stage: second peak (lr * 2/3)", True)
+    min_lr: float | None = option(None, "final rate (lr / 10); two-stage: second peak (lr * 2/3)", True)
     warmup: int | None = option(None, "steps of linear warm-up (a tenth, at most 100)", True)
-    schedule: str = option("cosine", "cosine, or two-stage: linear decay, second half lower and without decay", True)
+    schedule: str = option("cosine", "cosine; two-stage: linear, second half lower and without weight decay; or wsd", True)
+    decay_share: float = option(0.2, "wsd (warm-up, stable, decay): the share of all steps in its linear decay", True)
     weight_decay: float = option(0.1, "AdamW's, on matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
@@ -103,11 +104,12 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be positive, not {value}")
-        if not 0 < self.rollback_lr <= 1:
-            raise ConfigError(f"rollback_lr must be above 0 and at most 1, not {self.rollback_lr}")
+        for name in ("rollback_lr", "decay_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
         words = {
-            "order": ("shuffled", "random"), "documents": ("joined", "separate"),
-            "schedule": ("cosine", "two-stage"), "precision": mfu.PRECISIONS, "moments": optim.MOMENTS,
+            "order": ("shuffled", "random"), "documents": ("joined", "separate"), "precision": mfu.PRECISIONS,
+            "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS,
         }  # fmt: skip
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
@@ -122,7 +124,7 @@ class TrainerConfig:
         tenth = max(1, steps // 10)
         derived: dict[str, Any] = {"steps": steps, "warmup": min(100, tenth), "eval_every": tenth, "save_every": tenth}
         derived["layer_stats"] = tenth
-        derived["min_lr"] = self.lr * (0.1 if self.schedule == "cosine" else 2 / 3)
+        derived["min_lr"] = self.lr * (2 / 3 if self.schedule == "two-stage" else 0.1)
         return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
 
     def rates(self, step: int) -> tuple[float, float]:
@@ -130,6 +132,9 @@ class TrainerConfig:
         assert self.steps is not None
         assert self.min_lr is not None
         assert self.warmup is not None
+        if self.schedule == "wsd":
+            share = self.decay_share
+            return optim.stable_decay(step, self.steps, self.lr, self.min_lr, self.warmup, share), self.weight_decay
         if self.schedule == "cosine":
             return optim.warmup_cosine(step, self.steps, self.lr, self.min_lr, self.warmup), self.weight_decay
         return optim.two_stage(step, self.steps, self.lr, self.min_lr, self.warmup, self.weight_decay)

@@ -205,7 +205,7 @@ def test_the_second_stage_is_lower_and_without_decay() -> None:
         ({"lr": math.nan}, "lr must be positive, not nan"),
         ({"minutes": 0.0}, r"minutes must be positive, not 0\.0"),
         ({"order": "sorted"}, "order must be one of shuffled, random, not 'sorted'"),
-        ({"schedule": "flat"}, "schedule must be one of cosine, two-stage, not 'flat'"),
+        ({"schedule": "flat"}, "schedule must be one of cosine, two-stage, wsd, not 'flat'"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
