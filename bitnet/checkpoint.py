@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000500/
         config.json            the model's shape, in the style of published checkpoints
         model.safetensors      latent f32 weights under their published names
-        optimizer.safetensors  both moments (m.NAME, v.NAME) and the step count
+        optimizer.safetensors  both moments (m.NAME, v.NAME; Muon's momentum.NAME) and the step count
         state.json             step, loader position, seed, options, best loss
         tokenizer files, SHA256SUMS (as `sha256sum -c` reads it)
 

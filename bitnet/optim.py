@@ -1,4 +1,4 @@
-"""AdamW over flat buffers, and learning-rate schedules."""
+"""AdamW over flat buffers, and learning-rate schedules. The other optimizer is in bitnet/muon.py."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ class AdamW:
         _core.settle_grad(list(self.parameters.values()))
         _core.clip_grad_norm(self.flat_grad, max_norm, self._norm, self._factor)
         return self._norm.item()
+
+    def scale_grad(self, factor: float) -> None:
+        """The next step() scales gradients by this factor, in place of that of clip_grad_norm."""
+        self._factor.copy_([factor])
 
     def step(self, lr: float | None = None, weight_decay: float | None = None) -> None:
         """Updates every parameter from its gradient, scaled by the last clip_grad_norm since the last step."""

@@ -1,6 +1,6 @@
 """Training: batches in, a trained model and a folder that can be resumed out.
 
-A step is `grad_accum` micro-batches, one clip, one AdamW update. Its forward pass is recorded once on a tape and
+A step is `grad_accum` micro-batches, one clip, one update. Its forward pass is recorded once on a tape and
 replayed, so no Python runs between ops. Everything a step does is a function of (config, data, step): the learning
 rate, which tokens it sees, the seed of a sample. What changes is the model, the optimizer and a few counters, which is
 why a run that was killed and resumed ends in the same bytes as one that never stopped. A loss that spikes or is no
@@ -31,6 +31,7 @@ from bitnet.layer_stats import layer_record
 from bitnet.metrics import Record
 from bitnet.mixture import Mixture, MixtureRows
 from bitnet.model import BitNetForCausalLM
+from bitnet.muon import Muon
 from bitnet.nn import TernaryStats
 from bitnet.rows import IGNORE
 from bitnet.stability import DivergenceError, LossWatch, Trouble, describe
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bitnet.callbacks import Callback
 
 DEFAULT_STEPS = 1000
+OPTIMIZERS: dict[str, type[optim.AdamW] | type[Muon]] = {"adamw": optim.AdamW, "muon": Muon}
 QUICK_SECONDS = 0.3  # a checkpoint expected to take less is still written after Ctrl-C, which has a second in all
 DISK_BYTES_PER_SECOND = 200e6  # written, synced and hashed, before the first checkpoint has been timed
 
@@ -64,11 +66,14 @@ class TrainerConfig:
     lr: float = option(2e-3, "peak learning rate", True)
     min_lr: float | None = option(None, "final rate (lr / 10); two-stage: second peak (lr * 2/3)", True)
     warmup: int | None = option(None, "steps of linear warm-up (a tenth, at most 100)", True)
-    schedule: str = option("cosine", "cosine; two-stage: linear, second half lower and without weight decay; or wsd", True)
+    schedule: str = option(
+        "cosine", "cosine; two-stage: linear decay, second half lower, without weight decay; wsd", True
+    )
     decay_share: float = option(0.2, "wsd (warm-up, stable, decay): the share of all steps in its linear decay", True)
-    weight_decay: float = option(0.1, "AdamW's, on matrices", True)
+    weight_decay: float = option(0.1, "of matrices", True)
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
+    optimizer: str = option("adamw", "adamw, or muon for the matrices of the layers (AdamW for all others; same lr)")
     moments: str = option("f32", "AdamW's moments: f32, or bf16 rounded at random: 4 bytes a parameter less")
     activation_checkpointing: bool = option(
         False, "keep only each block's input and make the rest again: less memory, up to a third more time", True
@@ -109,7 +114,7 @@ class TrainerConfig:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
         words = {
             "order": ("shuffled", "random"), "documents": ("joined", "separate"), "precision": mfu.PRECISIONS,
-            "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS,
+            "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS, "optimizer": tuple(OPTIMIZERS),
         }  # fmt: skip
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
@@ -198,7 +203,7 @@ class Trainer:
         self._check_fit()
         c = self.config
         self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order, documents=c.documents)
-        self.optimizer = optim.AdamW(model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
+        self.optimizer = OPTIMIZERS[c.optimizer](model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned
