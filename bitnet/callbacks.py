@@ -92,6 +92,8 @@ class Progress(Callback):
         shown["loss"] = f"{self._loss:.3f}"
         if record["val_loss"] is not None:
             shown["val"] = f"{record['val_loss']:.3f}"
+            if "val_loss_ema" in record:
+                shown["ema"] = f"{record['val_loss_ema']:.3f}"
             shown["ppl"] = f"{record['perplexity']:.4g}"
         shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
         shown["mfu"] = f"{record['mfu']:.1%}"

@@ -4,6 +4,7 @@
         config.json            the model's shape, in the style of published checkpoints
         model.safetensors      latent f32 weights under their published names
         optimizer.safetensors  both moments (m.NAME, v.NAME; Muon's momentum.NAME) and the step count
+        ema.safetensors        averaged latent weights, of a run with --ema
         state.json             step, loader position, seed, options, best loss
         tokenizer files, SHA256SUMS (as `sha256sum -c` reads it)
 
@@ -35,6 +36,7 @@ from bitnet.tokenizer import Tokenizer, load_tokenizer
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+AVERAGE = "ema.safetensors"
 PARTIAL = ".partial-"
 
 
@@ -58,6 +60,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit {CONFIG}: {error.args[0]}") from None
         vars(model).update(self.about())
         return model
+
+    def average(self) -> Arrays:
+        """The averaged latent weights, which only runs with --ema have. CheckpointError for others."""
+        if not (self.path / AVERAGE).is_file():
+            raise CheckpointError(f"{self.path} has no averaged weights ({AVERAGE}): it was trained without --ema")
+        return _read_arrays(self.path / AVERAGE)
 
     def about(self) -> dict[str, Any]:
         """The attributes that a model has beside its weights."""
@@ -111,7 +119,7 @@ def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
         if _sha256(folder / name) != sums[name]:
             raise CheckpointError(f"{folder / name} is damaged: its checksum differs from the one in {SUMS}")
     try:
-        tokenizer = load_tokenizer(folder) if sums.keys() - {CONFIG, WEIGHTS, STATE, OPTIMIZER} else None
+        tokenizer = load_tokenizer(folder) if sums.keys() - {CONFIG, WEIGHTS, STATE, OPTIMIZER, AVERAGE} else None
     except BitnetError as error:
         raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {error}") from None
     return Checkpoint(
@@ -159,6 +167,7 @@ def write(
     optimizer: Arrays,
     state: dict[str, Any],
     tokenizer: Tokenizer | None,
+    average: Arrays | None = None,
 ) -> Path:
     """save() of what was copied before: nothing is read from a model, so another thread can do it."""
     from safetensors import SafetensorError
@@ -172,6 +181,8 @@ def write(
         _write_text(partial / CONFIG, json.dumps(config_json(config, tokenizer), indent=2) + "\n")
         save_file(weights, partial / WEIGHTS, {"format": "pt"})
         save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
+        if average is not None:
+            save_file(average, partial / AVERAGE, {"format": "pt"})
         _write_text(partial / STATE, json.dumps(state, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)

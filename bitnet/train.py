@@ -312,6 +312,9 @@ def _conclude(trainer: Trainer, before: int) -> None:
     best = trainer.best
     if best is not None:
         print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}")
+    if trainer.history and trainer.history[-1].get("val_loss_ema") is not None:
+        loss = trainer.history[-1]["val_loss_ema"]
+        print(f"validation loss {loss:.4f} with averaged weights: python -m bitnet.ema {out} {out}-ema")
     print(f"pictures: {out}/plots; checkpoints, metrics.jsonl and samples.txt beside them")
     print(f"next: python -m bitnet.generate {out} -p {_quoted(prompt)}")
 

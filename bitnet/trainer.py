@@ -25,6 +25,7 @@ from bitnet._core import Tensor
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
 from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks
+from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.layer_stats import layer_record
@@ -71,6 +72,7 @@ class TrainerConfig:
     )
     decay_share: float = option(0.2, "wsd (warm-up, stable, decay): the share of all steps in its linear decay", True)
     weight_decay: float = option(0.1, "of matrices", True)
+    ema: float = option(0.0, "decay of averaged weights, such as 0.999, evaluated and saved too; 0: none")
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
     optimizer: str = option("adamw", "adamw, or muon for the matrices of the layers (AdamW for all others; same lr)")
@@ -112,6 +114,8 @@ class TrainerConfig:
         for name in ("rollback_lr", "decay_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must be at least 0 and below 1, not {self.ema}")
         words = {
             "order": ("shuffled", "random"), "documents": ("joined", "separate"), "precision": mfu.PRECISIONS,
             "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS, "optimizer": tuple(OPTIMIZERS),
@@ -204,6 +208,7 @@ class Trainer:
         c = self.config
         self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order, documents=c.documents)
         self.optimizer = OPTIMIZERS[c.optimizer](model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
+        self.average = WeightAverage(model, c.ema) if c.ema else None
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned
@@ -262,6 +267,8 @@ class Trainer:
         self.model.activation_checkpointing = c.activation_checkpointing
         self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision)
         self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
+        if self.average is not None:
+            self._average_loss = RecordedLoss(self.average.model, c.batch_size, c.seq_len, False, c.precision)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -359,6 +366,8 @@ class Trainer:
         lr *= stability.rate_factor(self.events, self.step, c.rollback_lr)
         with self._interrupts.held():
             self.optimizer.step(lr, weight_decay)
+            if self.average is not None:
+                self.average.update(self.step)
             # Requantizes now, not in the next forward pass: flips are this step's.
             layers = [(name, layer.ternary_stats()) for name, layer in self.model.bitlinears()]
             codes = TernaryStats.total(stats for _, stats in layers)
@@ -386,6 +395,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "memory": _core.memory_stats()["high_water"],
             }
+            if self.average is not None:
+                self._pending["val_loss_ema"] = None
             if spike is not None:
                 self._report({"event": "spike", "step": self.step, "reason": spike})
         return self._pending
@@ -407,6 +418,8 @@ class Trainer:
             record["val_loss"] = loss
             if len(self.held_out) > 1:
                 record["val_loss_by_source"] = dict(self.source_losses)
+            if self.average is not None:
+                record["val_loss_ema"] = self.evaluate(self._average_loss)
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
             lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + 1)
             stop = 0 < c.patience <= stale and not self.over
@@ -439,22 +452,25 @@ class Trainer:
                     raise
                 self.log(f"warning: {error}; training goes on")
 
-    def evaluate(self) -> float:
+    def evaluate(self, recorded: RecordedLoss | None = None) -> float:
         """Mean loss in nats per token over whole, non-overlapping blocks of the held-out split, in order.
 
         Of a mixture: the mean of its sources' losses, each weighted like the source; `source_losses` holds them.
+        recorded: the loss of another model than the one in training, which leaves `source_losses` alone.
         """
         if not self.held_out:
             raise ConfigError("there is no held-out text to evaluate on")
-        self.source_losses = {name: self._evaluate(data) for name, data in self.held_out.items()}
-        if not isinstance(self.dataset, Mixture) or len(self.source_losses) == 1:
-            return next(iter(self.source_losses.values()))
+        losses = {name: self._evaluate(data, recorded or self._eval_loss) for name, data in self.held_out.items()}
+        if recorded is None:
+            self.source_losses = losses
+        if not isinstance(self.dataset, Mixture) or len(losses) == 1:
+            return next(iter(losses.values()))
         shares = zip(self.dataset.sources, self.dataset.weights, strict=True)
-        weights = {source.name: weight for source, weight in shares if source.name in self.source_losses}
-        total = math.fsum(self.source_losses[name] * weight for name, weight in weights.items())
+        weights = {source.name: weight for source, weight in shares if source.name in losses}
+        total = math.fsum(losses[name] * weight for name, weight in weights.items())
         return total / math.fsum(weights.values())
 
-    def _evaluate(self, data: ShardDataset) -> float:
+    def _evaluate(self, data: ShardDataset, loss: RecordedLoss) -> float:
         c = self.config
         total, count, limit = 0.0, 0, self._eval_blocks(data)
         for tokens, targets in eval_blocks(data, c.batch_size, c.seq_len):
@@ -465,7 +481,7 @@ class Trainer:
                 missing = c.batch_size - rows
                 tokens = np.pad(tokens[:rows], ((0, missing), (0, 0)))
                 targets = np.pad(targets[:rows], ((0, missing), (0, 0)), constant_values=-100)
-            total += self._eval_loss(tokens, targets) * rows
+            total += loss(tokens, targets) * rows
             count += rows
         return total / count
 
@@ -613,12 +629,13 @@ class Trainer:
         }
         out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
+        average = None if self.average is None else self.average.model.state_dict()
 
         old = (None if self.best is None else self.best["step"], self._good)
 
         def write() -> _Written:
             checkpoint.prune(out, keep, *old)  # room on the disk, where `keep` became smaller
-            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer)
+            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average)
             checkpoint.prune(out, keep, None if best is None else best["step"], good)
             return _Written(path, step, good, best, time.perf_counter() - start)
 
@@ -673,6 +690,8 @@ class Trainer:
         self.model.load_state_dict(saved.weights)
         assert saved.optimizer is not None
         self.optimizer.load_state_dict(saved.optimizer)
+        if self.average is not None:
+            self.average.model.load_state_dict(saved.average())
         state = saved.state
         self.step, self.tokens, self.position = state["step"], state["tokens"], state["loader"]["position"]
         self.best, self._pending = state["best"], state["pending"]

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet import BitNetConfig, BitNetForCausalLM, ops
+from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, ops
 from bitnet.callbacks import Callback
 from bitnet.data import pack
-from bitnet.errors import ConfigError
+from bitnet.ema import averaged, extract, main
+from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted
 from bitnet.muon import Muon, orthogonalize
+from bitnet.pretrained import from_pretrained
 from bitnet.trainer import Trainer, TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
@@ -37,6 +39,7 @@ def trainer(folder: Path, config: TrainerConfig = CONFIG, shape: BitNetConfig = 
 def numbers(run: Trainer) -> list[Any]:
     """What a resumed run has to repeat: weights, the optimizer's state, records without timings."""
     arrays = [*run.model.state_dict().values(), *run.optimizer.state_dict().values()]
+    arrays += run.average.model.state_dict().values() if run.average is not None else []
     timings = ("seconds", "tokens_per_second", "mfu", "memory")
     records = [{name: value for name, value in r.items() if name not in timings} for r in run.history]
     return [b"".join(array.tobytes() for array in arrays), records]
@@ -156,3 +159,59 @@ def test_muon_resumes(folder: Path, tmp_path: Path) -> None:
         trainer(folder, CONFIG, out=tmp_path / "run").fit(resume=True)
     with pytest.raises(ConfigError, match="optimizer must be one of adamw, muon, not 'sgd'"):
         TrainerConfig(optimizer="sgd")
+
+
+# ---- averaged weights -----------------------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """The average written out in float64, from the weights after each step."""
+
+    def __init__(self, model: BitNetForCausalLM, decay: float) -> None:
+        self.decay, self.expected = decay, self.read(model)
+
+    def read(self, model: BitNetForCausalLM) -> dict[str, Any]:
+        return {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        step = record["step"] - 1
+        share = min(self.decay, (1 + step) / (10 + step))
+        for name, now in self.read(trainer.model).items():
+            self.expected[name] = share * self.expected[name] + (1 - share) * now
+
+
+def test_the_average_is_that_of_its_equation_and_changes_nothing(folder: Path) -> None:
+    plain, run = trainer(folder), trainer(folder, replace(CONFIG, ema=0.4))
+    watch = Watch(run.model, 0.4)
+    run._callbacks.append(watch)
+    plain.fit()
+    run.fit()
+    assert run.average is not None
+    for name, array in run.average.model.state_dict().items():
+        assert np.abs(array - watch.expected[name]).max() < 1e-6, name
+    assert all(np.array_equal(a, run.model.state_dict()[name]) for name, a in plain.model.state_dict().items())
+    assert [r["flip_share"] for r in run.history] == [r["flip_share"] for r in plain.history]
+    losses = [r["val_loss_ema"] for r in run.history]
+    assert [step for step, loss in enumerate(losses, 1) if loss is not None] == [4, 8]
+    assert losses[-1] != run.history[-1]["val_loss"]
+    assert "val_loss_ema" not in plain.history[-1]
+
+
+def test_the_average_is_saved_resumed_and_opened(folder: Path, tmp_path: Path) -> None:
+    _, whole = off_and_on(folder, tmp_path, replace(CONFIG, ema=0.9))
+    assert whole.average is not None
+    run, wanted = tmp_path / "run", whole.average.model.state_dict()
+    assert main([str(run), str(tmp_path / "ema")]) == 0
+    for model in (averaged(run), from_pretrained(tmp_path / "ema")):
+        assert all(np.array_equal(array, wanted[name]) for name, array in model.state_dict().items())
+        assert model.tokenizer is not None
+    with pytest.raises(ConfigError, match="ema exists already; choose another folder"):
+        extract(run, tmp_path / "ema")
+    with pytest.raises(CheckpointError, match=r"has no averaged weights .* trained without --ema"):
+        averaged(tmp_path / "ema")
+    with open(checkpoint.folder_of(run, 8) / "ema.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors is damaged"):
+        checkpoint.load(checkpoint.folder_of(run, 8))
+    with pytest.raises(ConfigError, match="ema must be at least 0 and below 1, not 1"):
+        TrainerConfig(ema=1)
