@@ -190,6 +190,8 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
         options["data"] = tuple(
             path if path.startswith(PREFIX) else str(Path(path).resolve()) for path in options["data"]
         )
+    if options.get("teacher") is not None:
+        options["teacher"] = str(Path(options["teacher"]).resolve())
     return options
 
 

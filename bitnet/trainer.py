@@ -25,6 +25,7 @@ from bitnet._core import Tensor
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
 from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks
+from bitnet.distill import Teacher, distilled
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
@@ -73,6 +74,9 @@ class TrainerConfig:
     decay_share: float = option(0.2, "wsd (warm-up, stable, decay): the share of all steps in its linear decay", True)
     weight_decay: float = option(0.1, "of matrices", True)
     ema: float = option(0.0, "decay of averaged weights, such as 0.999, evaluated and saved too; 0: none")
+    teacher: str | None = option(None, "run, such as a --twin, whose probabilities are learned from beside the text")
+    distill: float = option(0.5, "with a teacher: the share of its probabilities in the loss")
+    temperature: float = option(1.0, "with a teacher: what both models' logits are divided by")
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
     optimizer: str = option("adamw", "adamw, or muon for the matrices of the layers (AdamW for all others; same lr)")
@@ -107,7 +111,7 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise ConfigError(f"{name} must be at least {minimum}, not {value}")
-        for name in ("lr", "minutes"):
+        for name in ("lr", "minutes", "temperature"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be positive, not {value}")
@@ -116,6 +120,8 @@ class TrainerConfig:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be at least 0 and below 1, not {self.ema}")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill must be at least 0 and at most 1, not {self.distill}")
         words = {
             "order": ("shuffled", "random"), "documents": ("joined", "separate"), "precision": mfu.PRECISIONS,
             "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS, "optimizer": tuple(OPTIMIZERS),
@@ -149,13 +155,28 @@ class TrainerConfig:
         return optim.two_stage(step, self.steps, self.lr, self.min_lr, self.warmup, self.weight_decay)
 
 
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # tokens, targets -> what to differentiate, the loss
+
+
 class RecordedLoss:
-    """model(tokens, targets) for one shape: recorded at the first call, replayed at the others."""
+    """model(tokens, targets) for one shape: recorded at the first call, replayed at the others.
 
-    loss: Tensor  # of the last call
+    objective: where something else than the loss is differentiated.
+    """
 
-    def __init__(self, model: BitNetForCausalLM, batch_size: int, seq_len: int, grad: bool, precision: str) -> None:
-        self._model, self._grad, self._precision = model, grad, precision
+    loss: Tensor  # of the last call, or what is differentiated in its place
+    _shown: Tensor
+
+    def __init__(
+        self,
+        model: BitNetForCausalLM,
+        batch_size: int,
+        seq_len: int,
+        grad: bool,
+        precision: str,
+        objective: Objective | None = None,
+    ) -> None:
+        self._model, self._grad, self._precision, self._objective = model, grad, precision, objective
         self._tokens, self._targets = ops.zeros((batch_size, seq_len), "i32"), ops.zeros((batch_size, seq_len), "i32")
         self._tape: _core.Tape | None = None
 
@@ -165,12 +186,15 @@ class RecordedLoss:
         self._targets.copy_(targets)
         if self._tape is not None:
             self._tape.replay()
-            return self.loss.item()
+            return self._shown.item()
         tape = _core.Tape()
         with nullcontext() if self._grad else ops.no_grad(), ops.precision(self._precision), tape:
-            self.loss = self._model(self._tokens, self._targets)
+            if self._objective is None:
+                self.loss = self._shown = self._model(self._tokens, self._targets)
+            else:
+                self.loss, self._shown = self._objective(self._tokens, self._targets)
         self._tape = tape
-        return self.loss.item()
+        return self._shown.item()
 
 
 class Trainer:
@@ -208,6 +232,7 @@ class Trainer:
         c = self.config
         self.loader = DataLoader(self.dataset, c.batch_size, c.seq_len, c.seed, c.order, documents=c.documents)
         self.optimizer = OPTIMIZERS[c.optimizer](model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
+        self.teacher: Teacher | None = None
         self.average = WeightAverage(model, c.ema) if c.ema else None
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
@@ -265,10 +290,18 @@ class Trainer:
     def _forget_tapes(self) -> None:
         c = self.config
         self.model.activation_checkpointing = c.activation_checkpointing
-        self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision)
+        if c.teacher is not None and self.teacher is None:
+            self.teacher = Teacher(c.teacher, self.model.config, self.tokenizer, c.seq_len)
+        objective = None if self.teacher is None else self._distilled
+        self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, objective)
         self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
         if self.average is not None:
             self._average_loss = RecordedLoss(self.average.model, c.batch_size, c.seq_len, False, c.precision)
+
+    def _distilled(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None
+        c = self.config
+        return distilled(self.model, self.teacher.model, tokens, targets, c.distill, c.temperature)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -627,6 +660,8 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.dataset.identity(),
         }
+        if self.teacher is not None:
+            state["teacher"] = self.teacher.fingerprint()
         out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
         average = None if self.average is None else self.average.model.state_dict()
@@ -681,6 +716,8 @@ class Trainer:
             raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
         self.config = _merged(self.config, saved.state["config"], str(saved.path))
         self._forget_tapes()
+        if self.teacher is not None and saved.state["teacher"] != self.teacher.fingerprint():
+            raise CheckpointError(f"{saved.path} learned from another teacher than {self.config.teacher} now holds")
         self._restore(saved)
         self.seconds, self.events = saved.state["seconds"], saved.state.get("events", [])
         self.log(f"resuming {self.out} at step {self.step}")

@@ -12,6 +12,7 @@ import pytest
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, ops
 from bitnet.callbacks import Callback
 from bitnet.data import pack
+from bitnet.distill import distilled
 from bitnet.ema import averaged, extract, main
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted
@@ -215,3 +216,73 @@ def test_the_average_is_saved_resumed_and_opened(folder: Path, tmp_path: Path) -
         checkpoint.load(checkpoint.folder_of(run, 8))
     with pytest.raises(ConfigError, match="ema must be at least 0 and below 1, not 1"):
         TrainerConfig(ema=1)
+
+
+# ---- distillation ---------------------------------------------------------------------------------------------------
+
+TWIN = SHAPE.replace(linear="linear")
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(0.5, 1.0), (0.8, 2.5), (1.0, 1.0)])
+def test_distillation_has_the_gradients_of_pytorch(share: float, temperature: float) -> None:
+    torch = pytest.importorskip("torch")
+    from reference.torch_bitnet import TorchBitNet
+
+    student, teacher = BitNetForCausalLM(TWIN, 1), BitNetForCausalLM(TWIN.replace(hidden_size=48), 2)
+    tokens, targets = np.random.default_rng(3).integers(0, 257, (2, 2, 16)).astype(np.int32)
+    objective, loss = distilled(student, teacher, ops.tensor(tokens), ops.tensor(targets), share, temperature)
+    assert loss.item() == student(tokens, targets).item()
+    student.zero_grad()
+    objective.backward()
+
+    def torched(model: BitNetForCausalLM) -> Any:
+        other = TorchBitNet(model.config).double()
+        other.load_state_dict({name: torch.tensor(array) for name, array in model.state_dict().items()})
+        return other
+
+    ours, theirs = torched(student), torched(teacher)
+    logits = ours(torch.tensor(tokens).long()).reshape(-1, 257)
+    with torch.no_grad():
+        wanted = torch.softmax(theirs(torch.tensor(tokens).long()).reshape(-1, 257) / temperature, -1)
+    kl = torch.nn.functional.kl_div(torch.log_softmax(logits / temperature, -1), wanted, reduction="batchmean")
+    ce = torch.nn.functional.cross_entropy(logits, torch.tensor(targets).long().reshape(-1))
+    ((1 - share) * ce + share * temperature**2 * kl).backward()
+    for name, parameter in student.named_parameters():
+        expected = dict(ours.named_parameters())[name].grad.numpy()
+        assert parameter.grad is not None
+        assert np.abs(parameter.grad.numpy() - expected).max() < 1e-5 * max(1e-3, np.abs(expected).max()), name
+
+
+@pytest.fixture(scope="module")
+def twin(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("twin") / "run"
+    trainer(folder, CONFIG, TWIN, out=out).fit()
+    return out
+
+
+def test_a_student_resumes(folder: Path, tmp_path: Path, twin: Path) -> None:
+    config = replace(CONFIG, teacher=str(twin))
+    plain, run = off_and_on(folder, tmp_path, config)
+    assert run.history[0]["train_loss"] == plain.history[0]["train_loss"]  # the cross entropy, as ever
+    checkpointing = trainer(folder, replace(config, activation_checkpointing=True))
+    checkpointing.fit()
+    assert numbers(checkpointing) == numbers(run)
+
+
+def test_a_teacher_must_fit_and_stay(folder: Path, tmp_path: Path, twin: Path) -> None:
+    config = replace(CONFIG, teacher=str(twin))
+    with pytest.raises(ConfigError, match=r"has a vocabulary of 257 ids, not 300"):
+        trainer(folder, config, SHAPE.replace(vocab_size=300))
+    with pytest.raises(ConfigError, match=r"has 64 positions, seq_len is 65"):
+        trainer(folder, replace(config, seq_len=65), SHAPE.replace(max_position_embeddings=65))
+    for option in ({"distill": 1.5}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(option))} must be"):
+            replace(CONFIG, **option)
+    run = resumed(folder, tmp_path / "run", config)
+    assert run.teacher is not None
+    weights = run.teacher.model.state_dict()
+    again = trainer(folder, config, out=tmp_path / "run")
+    assert again.teacher is not None
+    again.teacher.model.load_state_dict({name: 2 * array for name, array in weights.items()})
+    with pytest.raises(CheckpointError, match=r"learned from another teacher than .*run now holds"):
+        again.fit(resume=True)
