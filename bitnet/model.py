@@ -51,7 +51,7 @@ class Rope:
 
 
 def _all_ternary(readers: Sequence[nn.Linear]) -> bool:
-    return all(isinstance(layer, nn.BitLinear) for layer in readers)
+    return all(isinstance(layer, nn.BitLinear) and layer.ternary_share == 1.0 for layer in readers)
 
 
 def projection_input(config: BitNetConfig, norm: nn.RMSNorm | None, x: Tensor, *readers: nn.Linear) -> Tensor:

@@ -264,7 +264,19 @@ class BitLinear(Linear):
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
 
+    ternary_share = 1.0  # below 1, the result is a blend with that of a Linear with the latent weight: bitnet/ramp.py
     _map = staticmethod(ops.bitlinear)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., in_features) -> (..., out_features), plus residual."""
+        share = self.ternary_share
+        if share == 1.0:
+            return super().forward(x, residual)
+        y = ops.linear(x, self.weight)
+        if share > 0.0:
+            y = _core.add(y, ops.bitlinear(x, self.weight), 1.0 - share, share)
+        y = y if self.bias is None else ops.add(y, self.bias)
+        return y if residual is None else ops.add(y, residual)
 
     def ternary_stats(self) -> TernaryStats:
         """Counts of the present codes."""

@@ -35,6 +35,7 @@ from bitnet.mixture import Mixture, MixtureRows
 from bitnet.model import BitNetForCausalLM
 from bitnet.muon import Muon
 from bitnet.nn import TernaryStats
+from bitnet.ramp import blended, ternary_share
 from bitnet.rows import IGNORE
 from bitnet.stability import DivergenceError, LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
@@ -74,6 +75,8 @@ class TrainerConfig:
     decay_share: float = option(0.2, "wsd (warm-up, stable, decay): the share of all steps in its linear decay", True)
     weight_decay: float = option(0.1, "of matrices", True)
     ema: float = option(0.0, "decay of averaged weights, such as 0.999, evaluated and saved too; 0: none")
+    ternary_from: int = option(0, "step from which layers are ternary; before, full precision on the same weights")
+    ternary_ramp: int = option(0, "steps over which they become so, from ternary_from on; evaluations always are")
     teacher: str | None = option(None, "run, such as a --twin, whose probabilities are learned from beside the text")
     distill: float = option(0.5, "with a teacher: the share of its probabilities in the loss")
     temperature: float = option(1.0, "with a teacher: what both models' logits are divided by")
@@ -106,7 +109,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         ones = dict.fromkeys("batch_size grad_accum seq_len keep steps eval_every save_every".split(), 1)
         zeros = dict.fromkeys("warmup eval_blocks sample_tokens weight_decay clip min_lr seed".split(), 0)
-        zeros |= dict.fromkeys("layer_stats spike rollbacks patience".split(), 0)
+        zeros |= dict.fromkeys("ternary_from ternary_ramp layer_stats spike rollbacks patience".split(), 0)
         for name, minimum in {**ones, **zeros}.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
@@ -281,6 +284,8 @@ class Trainer:
                 raise ConfigError(
                     f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {shape.vocab_size}"
                 )
+        if (self.config.ternary_from or self.config.ternary_ramp) and not self.model.num_ternary():
+            raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
         if self.config.patience and self.validation is None:
             raise ConfigError(f"patience {self.config.patience} counts evaluations, but there is no held-out text")
         limit, seq_len = shape.max_position_embeddings, self.config.seq_len
@@ -292,14 +297,27 @@ class Trainer:
         self.model.activation_checkpointing = c.activation_checkpointing
         if c.teacher is not None and self.teacher is None:
             self.teacher = Teacher(c.teacher, self.model.config, self.tokenizer, c.seq_len)
-        objective = None if self.teacher is None else self._distilled
-        self._loss = RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, objective)
+        self._share = 1.0
+        self._loss = self._training_loss(1.0)
         self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
         if self.average is not None:
             self._average_loss = RecordedLoss(self.average.model, c.batch_size, c.seq_len, False, c.precision)
 
-    def _distilled(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.teacher is not None
+    def _training_loss(self, share: float) -> RecordedLoss:
+        """The loss that is differentiated, of layers that are ternary by this share."""
+        c = self.config
+
+        def blend(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            with blended(self.model, share):
+                return self._objective(tokens, targets)
+
+        plain = share == 1.0 and self.teacher is None
+        return RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, None if plain else blend)
+
+    def _objective(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.teacher is None:
+            loss = self.model(tokens, targets)
+            return loss, loss
         c = self.config
         return distilled(self.model, self.teacher.model, tokens, targets, c.distill, c.temperature)
 
@@ -345,6 +363,9 @@ class Trainer:
         if isinstance(self.loader.rows, MixtureRows) and rows > (self.loader.rows.limit or rows):
             raise ConfigError(f"{steps} steps read {rows} rows, and the epoch caps allow {self.loader.rows.limit}")
         self.config = c.resolved(steps)
+        if ternary_share(steps - 1, c.ternary_from, c.ternary_ramp) < 1.0:
+            first, ramp = c.ternary_from, c.ternary_ramp
+            raise ConfigError(f"ternary_from {first} and ternary_ramp {ramp} leave no ternary step of {steps}")
         self.over = self._is_over()
         self.peaks = self.peaks or mfu.measure_peaks()
 
@@ -381,6 +402,11 @@ class Trainer:
         """One update. Nothing that lasts is changed before both loss and gradient norm are known to be numbers."""
         c = self.config
         start = time.perf_counter()
+        ternary = ternary_share(self.step, c.ternary_from, c.ternary_ramp)
+        if ternary != self._share:
+            self._share, self._loss = ternary, self._training_loss(ternary)
+        if self.step and ternary != ternary_share(self.step - 1, c.ternary_from, c.ternary_ramp):
+            self.watch = LossWatch()  # a loss of other layers: what came before is no measure of it
         self.optimizer.zero_grad()
         loss = 0.0
         batches = [self.loader.batch(self.position + micro) for micro in range(c.grad_accum)]
@@ -430,6 +456,8 @@ class Trainer:
             }
             if self.average is not None:
                 self._pending["val_loss_ema"] = None
+            if c.ternary_from or c.ternary_ramp:
+                self._pending["ternary_share"] = ternary
             if spike is not None:
                 self._report({"event": "spike", "step": self.step, "reason": spike})
         return self._pending
@@ -454,7 +482,8 @@ class Trainer:
             if self.average is not None:
                 record["val_loss_ema"] = self.evaluate(self._average_loss)
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
-            lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + 1)
+            ramped = self.step >= c.ternary_from + c.ternary_ramp  # before, the loss says little: patience waits
+            lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + ramped)
             stop = 0 < c.patience <= stale and not self.over
             self.over = self.over or stop
         due = c.layer_stats and (self.over or self.step % c.layer_stats == 0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, ops
+from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, nn, ops
 from bitnet.callbacks import Callback
 from bitnet.data import pack
 from bitnet.distill import distilled
@@ -18,6 +18,7 @@ from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted
 from bitnet.muon import Muon, orthogonalize
 from bitnet.pretrained import from_pretrained
+from bitnet.ramp import blended, ternary_share
 from bitnet.trainer import Trainer, TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
@@ -286,3 +287,78 @@ def test_a_teacher_must_fit_and_stay(folder: Path, tmp_path: Path, twin: Path) -
     again.teacher.model.load_state_dict({name: 2 * array for name, array in weights.items()})
     with pytest.raises(CheckpointError, match=r"learned from another teacher than .*run now holds"):
         again.fit(resume=True)
+
+
+# ---- from full precision to ternary ---------------------------------------------------------------------------------
+
+
+def test_the_share_rises_in_stages_to_one() -> None:
+    assert [ternary_share(step, 0, 0) for step in (0, 1, 99)] == [1.0, 1.0, 1.0]
+    assert [ternary_share(step, 3, 0) for step in (2, 3)] == [0.0, 1.0]
+    assert [ternary_share(step, 3, 4) for step in range(2, 9)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    long = [ternary_share(step, 10, 100) for step in range(120)]
+    assert long == sorted(long)
+    assert (long[9], long[10], long[108], long[109]) == (0.0, 1 / 16, 1.0, 1.0)
+    assert len(set(long)) == 17
+
+
+def test_a_blend_is_a_blend_in_values_and_gradients() -> None:
+    rng = np.random.default_rng(5)
+    x, seed = (rng.standard_normal((3, size)).astype(np.float32) for size in (20, 12))
+    layer = nn.BitLinear(20, 12, bias=True)
+
+    def run(share: float) -> list[np.ndarray]:
+        layer.ternary_share = share
+        layer.zero_grad()
+        given = ops.tensor(x, requires_grad=True)
+        y = layer(given, ops.tensor(seed))
+        ops.sum(ops.mul(y, ops.tensor(seed))).backward()
+        assert given.grad is not None
+        assert layer.weight.grad is not None
+        return [t.numpy(copy=True) for t in (y, given.grad, layer.weight.grad)]
+
+    plain = nn.Linear(20, 12, weight=layer.weight)
+    assert np.allclose(run(0.0)[0], plain(ops.tensor(x)).numpy() + seed, atol=1e-6)
+    for mixed, linear, ternary in zip(run(0.25), run(0.0), run(1.0), strict=True):
+        assert np.allclose(mixed, 0.75 * linear + 0.25 * ternary, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE.replace(use_rms_norm=True), SHAPE.replace(sub_norms=False)])
+def test_a_model_of_share_zero_is_its_twin(shape: BitNetConfig) -> None:
+    model = BitNetForCausalLM(shape)
+    twin = BitNetForCausalLM(shape.replace(linear="linear"))
+    twin.load_state_dict(model.state_dict())
+    tokens, targets = np.random.default_rng(6).integers(0, 257, (2, 2, 16)).astype(np.int32)
+    ternary = model(tokens, targets).item()
+    with blended(model, 0.0):
+        assert model(tokens, targets).item() == pytest.approx(twin(tokens, targets).item(), rel=1e-6)
+    assert model(tokens, targets).item() == ternary
+
+
+def test_a_ramp_resumes_and_ends_ternary(folder: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, ternary_from=2, ternary_ramp=5)
+    plain, run = off_and_on(folder, tmp_path, config)
+    assert [r["ternary_share"] for r in run.history] == [0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert "ternary_share" not in plain.history[0]
+    assert run.evaluate() == run.history[-1]["val_loss"]
+    everything = replace(config, teacher=str(tmp_path / "run"), ema=0.5, optimizer="muon", schedule="wsd", grad_accum=2)
+    whole = trainer(folder, everything)
+    whole.fit()
+    assert numbers(resumed(folder, tmp_path / "all", everything, step=4)) == numbers(whole)
+
+
+def test_a_switch_is_no_spike(folder: Path) -> None:
+    """The loss jumps where layers become ternary at once; what came before is no measure of it."""
+    config = replace(CONFIG, steps=64, lr=2e-2, ternary_from=60, spike=1.0, eval_every=64)
+    run = trainer(folder, config)
+    run.fit()
+    before, after = run.history[59], run.history[60]
+    assert after["train_loss"] > before["train_loss"]
+    assert not [event for event in run.events if event["step"] > 60]
+
+
+def test_a_ramp_must_end_in_time(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="ternary_from 4 and ternary_ramp 5 leave no ternary step of 8"):
+        trainer(folder, replace(CONFIG, ternary_from=4, ternary_ramp=5)).fit()
+    with pytest.raises(ConfigError, match="this is a twin"):
+        trainer(folder, replace(CONFIG, ternary_from=4), TWIN)
