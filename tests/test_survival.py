@@ -93,6 +93,25 @@ def test_killed_runs_end_in_the_same_bytes(text: Path, tmp_path: Path, undisturb
     assert [record["step"] for record in metrics(run)] == list(range(1, 201))
 
 
+def test_a_run_of_all_levers_is_killed_and_ends_in_the_same_bytes(
+    text: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """The teacher is the undisturbed run, on whose packed text both are trained."""
+    levers = "--steps 100 --schedule wsd --ema 0.9 --optimizer muon --ternary-from 8 --ternary-ramp 20 --save-every 5"
+    flags = [*FLAGS, *levers.split(), "--teacher", str(undisturbed), "--data", str(undisturbed / "data")]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finish(start("--out", whole, *flags))
+    process = start("--out", run, *flags)
+    wait_for(process, run, 12 + random.randrange(40))
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    finish(start("--resume", run))
+    assert metrics(run) == metrics(whole)
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        ours, theirs = (checkpoint.folder_of(folder, 100) / name for folder in (run, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_say_how_to_go_on_and_do(text: Path, tmp_path: Path, undisturbed: Path, number: int) -> None:
     run = tmp_path / "run"
