@@ -6,6 +6,7 @@ with s, t the logits of student and teacher, both terms means over the tokens, a
 size of the second gradient, which is known in closed form, share * T * (softmax(s / T) - softmax(t / T)) / tokens for
 each logit. So no logarithm is taken: what is differentiated is the sum of logits times that difference, held constant.
 Its value means nothing; what is reported is the cross entropy, comparable with that of any other run.
+The teacher's work is not counted in mfu.
 
 Source: Hinton et al. 2015, arXiv 1503.02531; of full-precision into ternary models: Wu et al. 2025, arXiv 2510.13998.
 """
@@ -45,8 +46,10 @@ class Teacher:
 
     def fingerprint(self) -> str:
         """Changes when the teacher does: a hash of its logits for a few tokens, the same bits on every machine."""
+        shape = self.model.config
+        tokens = np.arange(min(8, shape.max_position_embeddings), dtype=np.int32) % shape.vocab_size
         with ops.no_grad():
-            logits = self.model(np.arange(8, dtype=np.int32)[None] % self.model.config.vocab_size)
+            logits = self.model(tokens[None])
         return hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -286,6 +286,9 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
 BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
 
 
+LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "teacher")  # named where they are not off
+
+
 def _introduce(trainer: Trainer) -> None:
     c, model = trainer.config, trainer.model
     ternary = sum(layer.weight.size for _, layer in model.bitlinears())
@@ -297,11 +300,14 @@ def _introduce(trainer: Trainer) -> None:
         f"plan: {steps:,} steps of {c.tokens_per_step:,} tokens = {steps * c.tokens_per_step / 1e6:.2f} M tokens, "
         f"{trainer.loader.epoch(steps * c.grad_accum):.2f} epochs; {c.schedule}, lr {c.lr:g} to {c.min_lr:g}, "
         f"{c.warmup} steps of warm-up; evaluation every {c.eval_every}, checkpoint every {c.save_every}; "
-        f"backward in {BACKWARD[c.precision]}",
-        flush=True,
+        f"backward in {BACKWARD[c.precision]}"
     )
     if isinstance(trainer.loader.rows, DocumentWindows):
         print(f"documents stay separate: {trainer.loader.rows.filled:.0%} of the places in a batch hold text")
+    levers = [f"{name} {getattr(c, name)}" for name in LEVERS if getattr(c, name) != OPTIONS[name].default]
+    if levers:
+        print(f"levers: {', '.join(levers)}")
+    sys.stdout.flush()
 
 
 def _conclude(trainer: Trainer, before: int) -> None:

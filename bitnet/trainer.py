@@ -304,15 +304,14 @@ class Trainer:
             self._average_loss = RecordedLoss(self.average.model, c.batch_size, c.seq_len, False, c.precision)
 
     def _training_loss(self, share: float) -> RecordedLoss:
-        """The loss that is differentiated, of layers that are ternary by this share."""
+        """The loss of the text, and of the teacher if there is one, of layers that are ternary by this share."""
         c = self.config
 
         def blend(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with blended(self.model, share):
                 return self._objective(tokens, targets)
 
-        plain = share == 1.0 and self.teacher is None
-        return RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, None if plain else blend)
+        return RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, blend)
 
     def _objective(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
@@ -415,7 +414,7 @@ class Trainer:
             share = count / sum(counts)  # the mean of means, so weighted, is the mean over the step's targets
             loss += self._loss(*batch) * share
             if not math.isfinite(loss):
-                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad([batch]))
+                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad([batch], ternary))
             self._loss.loss.backward(share)
         norm = self.optimizer.clip_grad_norm(c.clip)
         if not math.isfinite(norm):
@@ -560,8 +559,8 @@ class Trainer:
 
     # ---- trouble ----------------------------------------------------------------------------------------------------
 
-    def _first_bad(self, batches: Iterable[Batch] = ()) -> str:
-        with ops.precision(self.config.precision):
+    def _first_bad(self, batches: Iterable[Batch] = (), share: float = 1.0) -> str:
+        with ops.precision(self.config.precision), blended(self.model, share):
             return stability.first_bad(self.model, batches)
 
     def _spike(self, loss: float) -> str | None:
