@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, get_threads, nn, ops, set_threads
+from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, get_threads, nn, ops, set_threads, use_isa
 from bitnet.callbacks import Callback
 from bitnet.data import pack
 from bitnet.distill import distilled
@@ -123,6 +123,15 @@ def test_orthogonalize_is_the_published_iteration(shape: tuple[int, int]) -> Non
     assert singular.max() < 1.25
     if min(shape) < max(shape):  # far from singular
         assert singular.min() > 0.6
+
+
+def test_orthogonalize_is_the_same_bits_everywhere(isa: str) -> None:
+    gradient = ops.tensor(np.random.default_rng(7).standard_normal((33, 70)).astype(np.float32))
+    before, chosen = get_threads(), orthogonalize(gradient).numpy().tobytes()
+    use_isa("scalar")
+    set_threads(3)
+    assert orthogonalize(gradient).numpy().tobytes() == chosen
+    set_threads(before)
 
 
 def test_orthogonalize_leaves_no_gradient_alone() -> None:
