@@ -2,8 +2,8 @@
 
     loss = (1 - share) * cross entropy + share * T^2 * KL(softmax(t / T) || softmax(s / T))
 
-with s, t the logits of student and teacher, both terms means over the tokens, and T the temperature; T^2 keeps the
-size of the second gradient, which is known in closed form, share * T * (softmax(s / T) - softmax(t / T)) / tokens for
+with s, t the logits of student and teacher, both terms means over the targets, and T the temperature; T^2 keeps the
+size of the second gradient, which is known in closed form, share * T * (softmax(s / T) - softmax(t / T)) / targets for
 each logit. So no logarithm is taken: what is differentiated is the sum of logits times that difference, held constant.
 Its value means nothing; what is reported is the cross entropy, comparable with that of any other run.
 The teacher's work is not counted in mfu.
@@ -14,6 +14,7 @@ Source: Hinton et al. 2015, arXiv 1503.02531; of full-precision into ternary mod
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained
 from bitnet.tokenizer import Tokenizer
 
+IGNORE = -100  # the target that ops.cross_entropy leaves out
 SAME_TEXT = "The 2nd state: x = {'a': 1.5}\n\tgrößer"  # what two tokenizers have to cut alike
 
 
@@ -53,25 +55,45 @@ class Teacher:
         return hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
 
 
-def distilled(
-    student: BitNetForCausalLM,
-    teacher: BitNetForCausalLM,
-    tokens: Tensor,
-    targets: Tensor,
-    share: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """(what to differentiate, cross entropy), scalars, for tokens and targets (B, T).
+class Distillation:
+    """The loss of the file's head for one shape of batch, made of ops that a tape can replay.
 
-    The logits of both models exist as a whole, B * T * V floats each, unlike those of a plain loss.
+    Targets of -100 take no part in either term. The logits of both models exist as a whole, B * T * V floats each,
+    unlike those of a plain loss.
     """
-    cool = 1.0 / temperature
-    with ops.no_grad():
-        wanted = ops.softmax(_core.scale(teacher(tokens), cool))
-    hidden = student.head_input(tokens)
-    loss = ops.cross_entropy(hidden, student.head_weight, targets, student.config.quantize_head)
-    logits = student.logits(hidden)
-    with ops.no_grad():
-        excess = _core.add(ops.softmax(_core.scale(logits.detach(), cool)), wanted, 1.0, -1.0)
-    pull = ops.sum(ops.mul(logits, excess))
-    return _core.add(loss, pull, 1.0 - share, share * temperature / tokens.size), loss
+
+    def __init__(
+        self,
+        student: BitNetForCausalLM,
+        teacher: BitNetForCausalLM,
+        batch_size: int,
+        seq_len: int,
+        share: float,
+        temperature: float,
+    ) -> None:
+        self.student, self.teacher, self.share, self.temperature = student, teacher, share, temperature
+        width = student.config.hidden_size
+        self._counts = ops.zeros((batch_size, seq_len), "i32")  # 1 where a target takes part
+        self._each = ops.zeros(())  # 1 / number of those
+        self._rows = ops.tensor(np.repeat([[0.0], [1.0]], width, axis=1))
+
+    def prepare(self, targets: np.ndarray[Any, Any]) -> None:
+        """To be called before each pass or replay, with the targets (B, T)."""
+        counts = targets != IGNORE
+        self._counts.copy_(counts.astype(np.int32))
+        self._each.copy_(np.float32(1.0 / max(1, int(counts.sum()))))
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(what to differentiate, cross entropy), scalars, for tokens and targets (B, T)."""
+        student, cool = self.student, 1.0 / self.temperature
+        with ops.no_grad():
+            wanted = ops.softmax(_core.scale(self.teacher(tokens), cool))
+            mask = ops.embedding(self._counts, self._rows)
+        hidden = student.head_input(tokens)
+        loss = ops.cross_entropy(hidden, student.head_weight, targets, student.config.quantize_head)
+        # A row of zeros before the head: no gradient reaches the head's weight from it, nor what made it.
+        logits = student.logits(ops.mul(hidden, mask))
+        with ops.no_grad():
+            excess = _core.add(ops.softmax(_core.scale(logits.detach(), cool)), wanted, 1.0, -1.0)
+        pull = ops.mul(ops.sum(ops.mul(logits, excess)), self._each)
+        return _core.add(loss, pull, 1.0 - self.share, self.share * self.temperature), loss

@@ -25,7 +25,7 @@ from bitnet._core import Tensor
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
 from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks
-from bitnet.distill import Teacher, distilled
+from bitnet.distill import Distillation, Teacher
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
@@ -164,7 +164,7 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # tokens, targets
 class RecordedLoss:
     """model(tokens, targets) for one shape: recorded at the first call, replayed at the others.
 
-    objective: where something else than the loss is differentiated.
+    objective: where something else than the loss is differentiated; prepare: what is done with targets before.
     """
 
     loss: Tensor  # of the last call, or what is differentiated in its place
@@ -178,8 +178,10 @@ class RecordedLoss:
         grad: bool,
         precision: str,
         objective: Objective | None = None,
+        prepare: Callable[[np.ndarray[Any, Any]], None] | None = None,
     ) -> None:
-        self._model, self._grad, self._precision, self._objective = model, grad, precision, objective
+        self._model, self._grad, self._precision = model, grad, precision
+        self._objective, self._prepare = objective, prepare
         self._tokens, self._targets = ops.zeros((batch_size, seq_len), "i32"), ops.zeros((batch_size, seq_len), "i32")
         self._tape: _core.Tape | None = None
 
@@ -187,6 +189,8 @@ class RecordedLoss:
         """Mean loss in nats over targets that are not -100; backward() then has its gradient."""
         self._tokens.copy_(tokens)
         self._targets.copy_(targets)
+        if self._prepare is not None:
+            self._prepare(targets)
         if self._tape is not None:
             self._tape.replay()
             return self._shown.item()
@@ -305,20 +309,20 @@ class Trainer:
 
     def _training_loss(self, share: float) -> RecordedLoss:
         """The loss of the text, and of the teacher if there is one, of layers that are ternary by this share."""
-        c = self.config
+        c, taught = self.config, None
+        shape = c.batch_size, c.seq_len
+        if self.teacher is not None:
+            taught = Distillation(self.model, self.teacher.model, *shape, c.distill, c.temperature)
 
-        def blend(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def objective(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with blended(self.model, share):
-                return self._objective(tokens, targets)
+                if taught is not None:
+                    return taught(tokens, targets)
+                loss = self.model(tokens, targets)
+                return loss, loss
 
-        return RecordedLoss(self.model, c.batch_size, c.seq_len, True, c.precision, blend)
-
-    def _objective(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if self.teacher is None:
-            loss = self.model(tokens, targets)
-            return loss, loss
-        c = self.config
-        return distilled(self.model, self.teacher.model, tokens, targets, c.distill, c.temperature)
+        prepare = None if taught is None else taught.prepare
+        return RecordedLoss(self.model, *shape, True, c.precision, objective, prepare)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
