@@ -24,9 +24,9 @@ from bitnet.config import BitNetConfig
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained
+from bitnet.rows import IGNORE
 from bitnet.tokenizer import Tokenizer
 
-IGNORE = -100  # the target that ops.cross_entropy leaves out
 SAME_TEXT = "The 2nd state: x = {'a': 1.5}\n\tgrößer"  # what two tokenizers have to cut alike
 
 

@@ -285,6 +285,10 @@ def test_a_student_resumes(folder: Path, tmp_path: Path, twin: Path) -> None:
     assert numbers(checkpointing) == numbers(run)
 
 
+def test_a_student_of_separate_documents_resumes(folder: Path, tmp_path: Path, twin: Path) -> None:
+    off_and_on(folder, tmp_path, replace(CONFIG, teacher=str(twin), documents="separate", grad_accum=2))
+
+
 def test_a_student_with_a_ternary_head_learns(folder: Path, twin: Path) -> None:
     shape = SHAPE.replace(quantize_head=True, use_rms_norm=True)
     history = trainer(folder, replace(CONFIG, teacher=str(twin), distill=0.9), shape).fit()
