@@ -294,7 +294,7 @@ class BitLinear(Linear):
     @property
     def is_packed(self) -> bool:
         """Whether pack() was called."""
-        return not isinstance(self.weight, Parameter)
+        return _core.ternary_layout(self.weight) is not None
 
     def pack(self, layout: str = "2") -> BitLinear:
         """Keeps, of the weight, the codes in 2 or 1.6 bits each and the scale: the same results.

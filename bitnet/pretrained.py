@@ -106,6 +106,11 @@ def is_onnx(place: Path) -> bool:
     return place.suffix == ".onnx" or (place / "model.onnx").is_file()
 
 
+def located(path: str) -> str:
+    """A path made absolute, to be opened from another folder; a hub id as it is."""
+    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else str(Path(path).resolve())
+
+
 def _local(path: str | Path, revision: str | None) -> Path:
     """The path itself, or the folder that a hub id was downloaded to."""
     place = Path(path)

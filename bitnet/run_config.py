@@ -34,12 +34,15 @@ class RunConfig:
     separator: str | None = option(None, "what stands between documents in text files")
     max_mb: float | None = option(None, "most megabytes of text read")
     preset: str = option("nano", f"model shape: {', '.join(PRESETS)}")
+    init: str | None = option(None, "run, checkpoint, Hugging Face folder to go on from: weights, shape, tokenizer")
     twin: bool = option(False, "the same model with full-precision linear layers")
     threads: int = option(0, "kernel threads, 0: one a core; never changes a result", True)
 
     def __post_init__(self) -> None:
         if self.data and self.recipe:
             raise ConfigError(f"data ({self.data[0]}) and recipe ({self.recipe}) exclude each other")
+        if self.init is not None and self.twin:
+            raise ConfigError("twin and init exclude each other: the model that init names is what it is")
         for name, allowed in {"recipe": (None, *RECIPES), "preset": tuple(PRESETS)}.items():
             if getattr(self, name) not in allowed:
                 value, known = getattr(self, name), ", ".join(filter(None, allowed))
@@ -55,6 +58,8 @@ class RunConfig:
 
 
 GROUPS: tuple[type, ...] = (RunConfig, TrainerConfig, BitNetConfig)
+# What a model that is there already decides.
+DECIDED_BY_INIT = ("preset", "twin", "tokenizer", *(f.name for f in fields(BitNetConfig)))
 OPTIONS: dict[str, Field[Any]] = {f.name: f for group in reversed(GROUPS) for f in fields(group)}
 
 
@@ -69,6 +74,10 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """From names and values, already of the right types; ConfigError for values that cannot be."""
+        if values.get("init") is not None:
+            name = next((name for name in DECIDED_BY_INIT if name in values), None)
+            if name is not None:
+                raise ConfigError(f"{name} and init exclude each other: {values['init']} decides the {name}")
         parts = [{f.name: values[f.name] for f in fields(group) if f.name in values} for group in GROUPS]
         parts[2].pop("vocab_size", None)
         settings = cls(RunConfig(**parts[0]), TrainerConfig(**parts[1]), parts[2])
@@ -88,6 +97,8 @@ class Settings:
         """Names and values, as written to YAML."""
         out = asdict(self.run) | asdict(self.trainer) | self.model
         out["data"] = list(out["data"])
+        if self.run.init is not None:
+            out = {name: value for name, value in out.items() if name not in DECIDED_BY_INIT}
         return out
 
 
@@ -162,7 +173,7 @@ def write_yaml(path: Path, settings: Settings) -> None:
 def resumed(before: Mapping[str, Any], given: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Options of a run that goes on: those it was begun with, changed by flags where that leaves it the same run."""
     old = Settings.of(before)
-    now = asdict(old.model_config(1)) | old.values()
+    now = asdict(old.model_config(1)) | asdict(old.run) | old.values()
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
         if value != now[name] and not OPTIONS[name].metadata.get("resume", False):

@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitnet import mfu
+from bitnet import checkpoint, mfu, nn
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
 from bitnet.corpus.hub import PREFIX
@@ -28,9 +28,11 @@ from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
+from bitnet.pretrained import from_pretrained, located
 from bitnet.rows import DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
+from bitnet.tokenizer import Tokenizer
 from bitnet.trainer import Trainer, TrainerConfig
 
 T = TypeVar("T")
@@ -46,6 +48,7 @@ examples:
   bitnet train --data packs/web=0.7 packs/code=0.3      several packs, mixed (or a mixture.yaml)
   bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
+  bitnet train --init runs/nano-stdlib-001 --data notes.txt --lr 5e-4
   bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
 
 Ctrl-C ends at once and keeps what is done; SIGTERM writes a checkpoint first and ends with status 143.
@@ -167,8 +170,9 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     set_threads(settings.run.threads)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {'CUDA' if has_cuda() else 'no CUDA in this build'}")
     print(f"run: {out}", flush=True)
-    data = _interruptible(lambda: prepare(settings, out), out)
-    trainer = build(settings, data, out)
+    model = _interruptible(lambda: initial(settings, out), out)
+    data = _interruptible(lambda: prepare(settings, out, model), out)
+    trainer = build(settings, data, out, model)
     if resume:
         trainer.resume()
     trainer.plan()
@@ -192,6 +196,8 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
         )
     if options.get("teacher") is not None:
         options["teacher"] = str(Path(options["teacher"]).resolve())
+    if options.get("init") is not None:
+        options["init"] = located(options["init"])
     return options
 
 
@@ -203,7 +209,8 @@ def _make_folder(settings: Settings, out: str | None) -> Path:
             raise ConfigError(f"{folder} already exists: go on with --resume {folder}, or choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    name = f"{settings.run.preset}-{settings.run.stem}" + "-twin" * settings.run.twin
+    run = settings.run
+    name = f"{run.preset if run.init is None else Path(run.init).stem}-{run.stem}" + "-twin" * run.twin
     number = 1
     while True:
         folder = Path("runs", f"{name}-{number:03d}")
@@ -215,8 +222,30 @@ def _make_folder(settings: Settings, out: str | None) -> Path:
             return folder
 
 
-def prepare(settings: Settings, out: Path) -> ShardDataset | Mixture:
-    """The packed text: packed now into the run folder, unless it is there or `data` is a pack, or several."""
+def initial(settings: Settings, out: Path) -> BitNetForCausalLM | None:
+    """The model that `init` names, to be trained; None without. A run with checkpoints is its own source.
+
+    Raises CheckpointError, or ConfigError for a model that cannot be trained.
+    """
+    source = settings.run.init
+    if source is None:
+        return None
+    if checkpoint.steps(out):
+        return from_pretrained(out)
+    model = from_pretrained(source)
+    if any(layer.is_packed for _, layer in model.bitlinears()):
+        raise ConfigError(f"{source} is packed: it has codes and scales, but no latent weights to go on with")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module.weight, nn.Parameter):
+            raise ConfigError(f"{source} keeps {path} in {module.weight.dtype}, which cannot be trained")
+    return model
+
+
+def prepare(settings: Settings, out: Path, model: BitNetForCausalLM | None = None) -> ShardDataset | Mixture:
+    """The packed text: packed now into the run folder, unless it is there or `data` is a pack, or several.
+
+    model: what is trained further, whose tokenizer takes the place of the one that the options name.
+    """
     run = settings.run
     if (out / "data" / MANIFEST).is_file():  # written last: the pack is whole
         return ShardDataset(out / "data")
@@ -224,10 +253,13 @@ def prepare(settings: Settings, out: Path) -> ShardDataset | Mixture:
         return Mixture.open(run.data)
     if len(run.data) == 1 and (Path(run.data[0]) / MANIFEST).is_file():
         return ShardDataset(run.data[0])
+    tokenizer = run.tokenizer if model is None else _tokenizer_of(model)
+    if tokenizer is None:
+        raise ConfigError(f"{run.init} has no tokenizer: pack the text with `bitnet data`, and give the pack as data")
     folder = pack(
         list(run.data) or run.recipe or "stdlib",
         out / "data",
-        run.tokenizer,
+        tokenizer,
         run.vocab_size or DEFAULT_VOCAB,
         seq_len=settings.trainer.seq_len,
         val_fraction=run.val_fraction,
@@ -237,21 +269,41 @@ def prepare(settings: Settings, out: Path) -> ShardDataset | Mixture:
     return ShardDataset(folder)
 
 
-def build(settings: Settings, data: ShardDataset | Mixture, out: Path) -> Trainer:
-    """Model and trainer for packed text."""
-    tokenizer = data.tokenizer()
-    folder = data.folder
+def _tokenizer_of(model: BitNetForCausalLM) -> Tokenizer | None:
+    """The one that came with a model that was opened."""
+    tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
+    return tokenizer
+
+
+def build(
+    settings: Settings, data: ShardDataset | Mixture, out: Path, model: BitNetForCausalLM | None = None
+) -> Trainer:
+    """Trainer for packed text, and its model: a new one, unless it is given.
+
+    Raises ConfigError for a model whose tokenizer is not the one of the text.
+    """
+    tokenizer, trainer = data.tokenizer(), settings.trainer
+    if trainer.sample_prompt is None and not settings.run.data:
+        trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
+    if model is None:
+        model = BitNetForCausalLM(_shape(settings, tokenizer, data.folder, out), trainer.seed)
+    else:
+        own = _tokenizer_of(model)
+        if own is not None and own.fingerprint() != tokenizer.fingerprint():
+            raise ConfigError(
+                f"the text in {data.folder} was packed with another tokenizer than that of {settings.run.init}"
+            )
+    return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
+
+
+def _shape(settings: Settings, tokenizer: Tokenizer, folder: Path, out: Path) -> BitNetConfig:
+    """The shape of a new model for the text in `folder`."""
     wanted = settings.run.vocab_size
     # SentencePiece may find fewer pieces than asked for; a larger table than the tokenizer needs is otherwise meant.
     learned = settings.run.tokenizer.startswith("sentencepiece") and folder == out / "data"
     if wanted is not None and wanted < tokenizer.vocab_size:
         raise ConfigError(f"vocab_size {wanted} is less than the {tokenizer.vocab_size} ids of the text in {folder}")
-    config = settings.model_config(tokenizer.vocab_size if learned or wanted is None else wanted)
-    trainer = settings.trainer
-    if trainer.sample_prompt is None and not settings.run.data:
-        trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
-    model = BitNetForCausalLM(config, trainer.seed)
-    return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
+    return settings.model_config(tokenizer.vocab_size if learned or wanted is None else wanted)
 
 
 def _interruptible(work: Callable[[], T], out: Path) -> T:

@@ -41,7 +41,7 @@ SAMPLE_BYTES = 32 << 20  # text the tokenizer is trained on: five seconds for BP
 def pack(
     source: Source,
     out: str | Path,
-    tokenizer: str = "sentencepiece",
+    tokenizer: str | Tokenizer = "sentencepiece",
     vocab_size: int = 4096,
     *,
     seq_len: int = 256,
@@ -57,11 +57,11 @@ def pack(
 ) -> Path:
     """Tokenize text into shards in folder `out`, for ShardDataset; returns the folder.
 
-    source: "stdlib", or one or more paths (see Corpus). tokenizer: see build_tokenizer. seq_len: the training split
-    must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator, text_field,
-    max_bytes: see Corpus. shards: equal parts the corpus is cut into, each with training shards of its own, more
-    where one would exceed shard_tokens. preparation: which documents to leave out. workers: processes; no byte depends
-    on them.
+    source: "stdlib", or one or more paths (see Corpus). tokenizer: one, or see build_tokenizer. seq_len: the
+    training split must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator,
+    text_field, max_bytes: see Corpus. shards: equal parts the corpus is cut into, each with training shards of its own,
+    more where one would exceed shard_tokens. preparation: which documents to leave out. workers: processes; no byte
+    depends on them.
 
     A pack already there is kept if it was made from the same text and options, replaced if not; one that was killed
     in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
@@ -76,8 +76,11 @@ def pack(
     corpus, name = open_corpus(source, separator, max_bytes, text_field, prepare.filters.fields)
     old = _pack_in(out)
     # A trained tokenizer follows from the text and these words; one that is loaded is known by its own fingerprint.
-    loaded = None if tokenizer in SPECS else build_tokenizer(tokenizer, [], 0)
-    made_by: list[Any] = [tokenizer, vocab_size] if loaded is None else [loaded.fingerprint()]
+    spec = tokenizer if isinstance(tokenizer, str) else tokenizer.name
+    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else None
+    if loaded is None and spec not in SPECS:
+        loaded = build_tokenizer(spec, [], 0)
+    made_by: list[Any] = [spec, vocab_size] if loaded is None else [loaded.fingerprint()]
     options = [val_fraction, shard_tokens, shards, made_by, prepare.settings()]
     unfinished = Unfinished(out)
     stamp = _key(corpus.stamp(), options)
@@ -108,7 +111,7 @@ def pack(
         try:
             chosen = loaded or unfinished.tokenizer()
             if chosen is None:
-                chosen = _train(tokenizer, corpus, found, split, vocab_size, log)
+                chosen = _train(spec, corpus, found, split, vocab_size, log)
                 unfinished.keep_tokenizer(chosen)
             splits = _write(out, corpus, found, split, chosen, (shard_tokens, shards), workers, unfinished, log)
         except BitnetError:
