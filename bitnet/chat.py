@@ -32,6 +32,7 @@ def arguments() -> argparse.ArgumentParser:
         epilog='example: bitnet chat runs/nano-stdlib-001 --system "You are brief." --temperature 0.6',
     )
     add_run(parser)
+    generation_options.add_lora_flag(parser)
     parser.add_argument(
         "--template",
         choices=NAMES,
@@ -62,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         set_threads(args.threads)
     sampler = generation_options.sampler(args)
-    model = generation_options.load(args.run, args.layout, args.head)
+    model = generation_options.load(args.run, args.layout, args.head, args.lora)
     template = choose(args.template, tokenizer_of(model))
     conversation = Conversation(
         model, template, sampler, args.system, args.max_new_tokens, context=args.context,

@@ -8,6 +8,9 @@
         state.json             step, loader position, seed, options, best loss
         tokenizer files, SHA256SUMS (as `sha256sum -c` reads it)
 
+One of a run that trains adapters (bitnet/lora.py) has adapters.safetensors, what was trained alone, instead of
+model.safetensors, and adapters.json, which tells what they are and beside which model they go.
+
 A checkpoint is written under a hidden temporary name, every file and the folder synced, then renamed: after a crash at
 any moment the folders with a step's name are whole. Checksums catch what happens to them later.
 """
@@ -20,7 +23,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from bitnet.config import BitNetConfig
 from bitnet.durable import sync
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.hf_config import CONFIG, config_json, read_config, read_json
+from bitnet.lora import LoraConfig
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,12 +41,13 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 AVERAGE = "ema.safetensors"
+LORA, ADAPTERS = "adapters.json", "adapters.safetensors"
 PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from one checkpoint folder, its checksums verified."""
+    """What was read from one checkpoint folder, its checksums verified; lora: of which adapters the weights are."""
 
     path: Path
     config: BitNetConfig
@@ -50,9 +55,15 @@ class Checkpoint:
     state: dict[str, Any]
     tokenizer: Tokenizer | None
     optimizer: Arrays | None = None
+    lora: LoraConfig | None = None
 
     def model(self) -> BitNetForCausalLM:
-        """The model; its attributes tokenizer (or None), checkpoint (the folder), step and trained_seq_len say more."""
+        """The model; its attributes tokenizer (or None), checkpoint (the folder), step and trained_seq_len say more.
+
+        Of adapters: their base, opened where it was, with them beside its layers.
+        """
+        if self.lora is not None:
+            return self._beside(self.lora)
         model = BitNetForCausalLM(self.config)
         try:
             model.load_state_dict(self.weights)
@@ -66,6 +77,20 @@ class Checkpoint:
         if not (self.path / AVERAGE).is_file():
             raise CheckpointError(f"{self.path} has no averaged weights ({AVERAGE}): it was trained without --ema")
         return _read_arrays(self.path / AVERAGE)
+
+    def _beside(self, lora: LoraConfig) -> BitNetForCausalLM:
+        from bitnet.lora import put
+        from bitnet.pretrained import from_pretrained
+
+        if lora.base is None or not Path(lora.base).exists():
+            raise CheckpointError(
+                f"{self.path} holds adapters for the model {lora.base}, which is not there: open that one with "
+                f"`bitnet generate BASE --lora {self.path}`"
+            )
+        model = from_pretrained(lora.base)
+        put(model, self)
+        vars(model).update(self.about())
+        return model
 
     def about(self) -> dict[str, Any]:
         """The attributes that a model has beside its weights."""
@@ -106,7 +131,9 @@ def newest(run: Path, log: Callable[[str], None] | None = None, optimizer: bool 
 def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
     """Reads one checkpoint folder; the optimizer's state only when asked for."""
     folder = Path(folder)
-    wanted = [CONFIG, WEIGHTS, STATE] + [OPTIMIZER] * optimizer
+    adapts = (folder / LORA).is_file()
+    weights = ADAPTERS if adapts else WEIGHTS
+    wanted = [CONFIG, weights, STATE] + [LORA] * adapts + [OPTIMIZER] * optimizer
     missing = [name for name in [*wanted, SUMS] if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {', '.join(missing)}")
@@ -119,16 +146,17 @@ def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
         if _sha256(folder / name) != sums[name]:
             raise CheckpointError(f"{folder / name} is damaged: its checksum differs from the one in {SUMS}")
     try:
-        tokenizer = load_tokenizer(folder) if sums.keys() - {CONFIG, WEIGHTS, STATE, OPTIMIZER, AVERAGE} else None
+        tokenizer = load_tokenizer(folder) if sums.keys() - {OPTIMIZER, AVERAGE, *wanted} else None
     except BitnetError as error:
         raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {error}") from None
     return Checkpoint(
         folder,
         read_config(folder / CONFIG),
-        _read_arrays(folder / WEIGHTS),
+        _read_arrays(folder / weights),
         read_json(folder / STATE),
         tokenizer,
         _read_arrays(folder / OPTIMIZER) if optimizer else None,
+        LoraConfig.of(read_json(folder / LORA), folder / LORA) if adapts else None,
     )
 
 
@@ -156,7 +184,7 @@ def save(
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes RUN/checkpoints/step-NNNNNNNN and returns it. Raises CheckpointError (a full disk), leaving no trace."""
-    return write(run, step, model.config, model.state_dict(), optimizer, state, tokenizer)
+    return write(run, step, model.config, model.state_dict(), optimizer, state, tokenizer, lora=model.lora)
 
 
 def write(
@@ -168,6 +196,7 @@ def write(
     state: dict[str, Any],
     tokenizer: Tokenizer | None,
     average: Arrays | None = None,
+    lora: LoraConfig | None = None,
 ) -> Path:
     """save() of what was copied before: nothing is read from a model, so another thread can do it."""
     from safetensors import SafetensorError
@@ -179,7 +208,9 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial / CONFIG, json.dumps(config_json(config, tokenizer), indent=2) + "\n")
-        save_file(weights, partial / WEIGHTS, {"format": "pt"})
+        save_file(weights, partial / (WEIGHTS if lora is None else ADAPTERS), {"format": "pt"})
+        if lora is not None:
+            _write_text(partial / LORA, json.dumps(asdict(lora), indent=2) + "\n")
         save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
         if average is not None:
             save_file(average, partial / AVERAGE, {"format": "pt"})

@@ -24,6 +24,7 @@ def arguments() -> argparse.ArgumentParser:
         epilog='example: bitnet generate runs/nano-stdlib-001 -p "def main(" --temperature 0.7 --top-p 0.95',
     )
     add_run(parser)
+    generation_options.add_lora_flag(parser)
     parser.add_argument(
         "-p",
         "--prompt",
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         set_threads(args.threads)
     sampler = generation_options.sampler(args)
-    model = generation_options.load(args.run, args.layout, args.head)
+    model = generation_options.load(args.run, args.layout, args.head, args.lora)
     speculation = generation_options.speculation(args, model)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     stream = TextStream(

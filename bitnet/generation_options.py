@@ -28,11 +28,19 @@ def until_reader_leaves(work: Callable[[], int]) -> int:
         return 0
 
 
-def load(run: str, layout: str = "auto", head: str | None = None) -> BitNetForCausalLM:
-    """The model of a run or file, packed: nothing is trained, and a token reads a sixteenth of the memory."""
+def load(run: str, layout: str = "auto", head: str | None = None, adapters: str | None = None) -> BitNetForCausalLM:
+    """The model of a run or file, packed: nothing is trained, and a token reads a sixteenth of the memory.
+
+    adapters: a run or checkpoint of bitnet.lora whose adapters go beside the layers.
+    """
     from bitnet.pretrained import from_pretrained
 
-    return from_pretrained(run).pack(layout, head)
+    model = from_pretrained(run)
+    if adapters is not None:
+        from bitnet.lora import attach
+
+        attach(model, adapters)
+    return model.pack(layout, head)
 
 
 def layout_of(model: BitNetForCausalLM) -> str:
@@ -61,6 +69,11 @@ def add_form_flags(parser: argparse._ActionsContainer) -> None:
         help="form of the output head: by default as it is stored; int8 and int6 are fast and near, screened is fast "
         "and gives the greedy and top-k choices of bf16",
     )
+
+
+def add_lora_flag(parser: argparse.ArgumentParser) -> None:
+    """Adapters beside the model."""
+    parser.add_argument("--lora", metavar="RUN", help="adapters that were trained beside this model")
 
 
 def add_choice_flags(parser: argparse.ArgumentParser) -> None:

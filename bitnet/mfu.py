@@ -42,10 +42,13 @@ def describe(peaks: dict[str, Peak]) -> str:
     return ", ".join(f"{kind} {peak.macs_per_second / 1e12:.3g} TMAC/s ({peak.name})" for kind, peak in peaks.items())
 
 
-def training_macs(config: BitNetConfig, batch_size: int, seq_len: int, precision: str = "fast") -> dict[str, int]:
+def training_macs(
+    config: BitNetConfig, batch_size: int, seq_len: int, precision: str = "fast", frozen: bool = False
+) -> dict[str, int]:
     """Multiply-adds by kind of one forward and backward pass over batch_size rows of seq_len tokens.
 
-    precision: of the backward pass, one of PRECISIONS.
+    precision: of the backward pass, one of PRECISIONS. frozen: no matrix is trained, so dW is not made; the adapters'
+    own products, some percent, do not count.
     """
     c, tokens = config, batch_size * seq_len
     kv = c.kv_heads * c.head_dim
@@ -61,7 +64,7 @@ def training_macs(config: BitNetConfig, batch_size: int, seq_len: int, precision
     macs["f32"] += 2 * attention
     macs[dx if c.linear == "bitlinear" else rest] += projections
     macs[dx if c.quantize_head else rest] += head
-    macs[rest] += projections + head + 4 * attention
+    macs[rest] += (0 if frozen else projections + head) + 4 * attention
     return macs
 
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bitnet import _core, nn, ops
 from bitnet._core import ShapeError, Tensor
 from bitnet.cache import CacheStep
 from bitnet.config import BitNetConfig
 from bitnet.head import Head
+
+if TYPE_CHECKING:
+    from bitnet.lora import LoraConfig
 
 
 class Factory:
@@ -50,19 +54,15 @@ class Rope:
         return ops.rope(x, self.cos, self.sin, start)
 
 
-def _all_ternary(readers: Sequence[nn.Linear]) -> bool:
-    return all(isinstance(layer, nn.BitLinear) and layer.ternary_share == 1.0 for layer in readers)
-
-
 def projection_input(config: BitNetConfig, norm: nn.RMSNorm | None, x: Tensor, *readers: nn.Linear) -> Tensor:
     """x as the projections that share it read it: after `norm`, and the norm without gain inside them (use_rms_norm).
 
     The last norm before ternary projections goes straight to int8: nothing else reads its result.
     """
-    ternary = _all_ternary(readers)
+    quantized = all(layer.reads_int8 for layer in readers)
     if norm is not None:
-        x = norm(x, quantized=ternary and not config.use_rms_norm)
-    return ops.rmsnorm(x, None, config.rms_norm_eps, ternary) if config.use_rms_norm else x
+        x = norm(x, quantized=quantized and not config.use_rms_norm)
+    return ops.rmsnorm(x, None, config.rms_norm_eps, quantized) if config.use_rms_norm else x
 
 
 class Attention(nn.Module):
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
         c = self.config
         gate = ops.relu2 if c.hidden_act == "relu2" else ops.swiglu
         last = self.ffn_sub_norm is None and not c.use_rms_norm  # before down_proj
-        hidden = gate(self.gate_proj(x), self.up_proj(x), quantized=last and _all_ternary([self.down_proj]))
+        hidden = gate(self.gate_proj(x), self.up_proj(x), quantized=last and self.down_proj.reads_int8)
         return self.down_proj(projection_input(c, self.ffn_sub_norm, hidden, self.down_proj), residual)
 
 
@@ -170,6 +170,7 @@ class BitNetForCausalLM(nn.Module):
         self.config = config
         make = factory(config, seed)
         self.model = BitNetModel(make)
+        self.lora: LoraConfig | None = None  # of the adapters, after add_lora()
         self.head: Head | None = None  # another form of the output matrix, after pack()
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
@@ -210,6 +211,25 @@ class BitNetForCausalLM(nn.Module):
             owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
             owner.weight = self.head.exact
         _core.memory_trim()  # the latent weights' memory has no further use
+        return self
+
+    def add_lora(
+        self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = None, *,
+        norms: bool = False, seed: int = 0,
+    ) -> BitNetForCausalLM:  # fmt: skip
+        """Freezes the model and puts trainable low-rank adapters beside its ternary layers (bitnet.lora); returns self.
+
+        alpha: twice the rank by default; targets: last names of layers, by default every projection; norms: train their
+        gains too. ConfigError for what cannot be.
+        """
+        from bitnet import lora
+
+        path = getattr(self, "checkpoint", None)
+        chosen = lora.LoraConfig(
+            rank, 2.0 * rank if alpha is None else alpha, tuple(targets or lora.PROJECTIONS), norms,
+            None if path is None else str(Path(path).resolve()),
+        )  # fmt: skip
+        lora.add_lora(self, chosen, seed)
         return self
 
     def head_input(self, tokens: ops.Integers, cache: CacheStep | None = None) -> Tensor:

@@ -97,7 +97,7 @@ class Module:
         """Copies of all parameters as f32 arrays by name. TypeError if a layer is packed: it has no latent weights."""
         for path, module in self.named_modules():
             weight = vars(module).get("weight")
-            if isinstance(weight, Tensor) and not isinstance(weight, Parameter):
+            if isinstance(weight, Tensor) and weight.dtype != "f32":
                 raise TypeError(f"state_dict: {path or 'this layer'} is packed and has no latent weights to give")
         return {name: parameter.numpy(copy=True) for name, parameter in self.named_parameters()}
 
@@ -249,6 +249,11 @@ class Linear(Module):
         y = self._map(x, self.weight, residual)
         return y if self.bias is None else ops.add(y, self.bias)
 
+    @property
+    def reads_int8(self) -> bool:
+        """Whether all it needs of x is the int8 form (q8)."""
+        return False
+
     def weight_histogram(self, bins: int = 100) -> Histogram:
         """(counts, edges) of the weight's values, as numpy.histogram."""
         return np.histogram(self.weight.numpy(copy=True), bins)
@@ -277,6 +282,11 @@ class BitLinear(Linear):
             y = _core.add(y, ops.bitlinear(x, self.weight), 1.0 - share, share)
         y = y if self.bias is None else ops.add(y, self.bias)
         return y if residual is None else ops.add(y, residual)
+
+    @property
+    def reads_int8(self) -> bool:
+        """Whether all it needs of x is the int8 form (q8)."""
+        return self.ternary_share == 1.0
 
     def ternary_stats(self) -> TernaryStats:
         """Counts of the present codes."""

@@ -72,7 +72,8 @@ def open_without_copies(
     place = _local(path, None)
     if place.is_dir() and _source(place, reading) is None and reading == Reading():
         saved: Checkpoint = open_checkpoint(place)
-        return assemble(SavedSource(saved), progress=progress), provenance_of(saved)
+        if saved.lora is None:
+            return assemble(SavedSource(saved), progress=progress), provenance_of(saved)
     model = open_model(place, reading, progress=progress)
     provenance: dict[str, str] = getattr(model, "provenance", {})
     return model, provenance

@@ -34,7 +34,11 @@ class RunConfig:
     separator: str | None = option(None, "what stands between documents in text files")
     max_mb: float | None = option(None, "most megabytes of text read")
     preset: str = option("nano", f"model shape: {', '.join(PRESETS)}")
-    init: str | None = option(None, "run, checkpoint, Hugging Face folder to go on from: weights, shape, tokenizer")
+    init: str | None = option(None, "run, checkpoint, Hugging Face folder to go on from, with its tokenizer", True)
+    lora: int = option(0, "rank of adapters to train beside the frozen layers of init; 0: train all weights")
+    lora_alpha: float | None = option(None, "weight of the adapters, times 1 / rank (2 rank)")
+    lora_targets: str | None = option(None, "layers that have one, as q_proj,v_proj (all seven)")
+    lora_norms: bool = option(False, "train the gains of the norms too, beside the adapters")
     twin: bool = option(False, "the same model with full-precision linear layers")
     threads: int = option(0, "kernel threads, 0: one a core; never changes a result", True)
 
@@ -43,6 +47,13 @@ class RunConfig:
             raise ConfigError(f"data ({self.data[0]}) and recipe ({self.recipe}) exclude each other")
         if self.init is not None and self.twin:
             raise ConfigError("twin and init exclude each other: the model that init names is what it is")
+        if self.lora < 0:
+            raise ConfigError(f"lora must be at least 0, not {self.lora}")
+        if self.lora and self.init is None:
+            raise ConfigError(f"lora {self.lora} needs init: adapters go beside a model that is there")
+        for name in ("lora_alpha", "lora_targets", "lora_norms"):
+            if getattr(self, name) and not self.lora:
+                raise ConfigError(f"{name} needs lora, the rank of the adapters")
         for name, allowed in {"recipe": (None, *RECIPES), "preset": tuple(PRESETS)}.items():
             if getattr(self, name) not in allowed:
                 value, known = getattr(self, name), ", ".join(filter(None, allowed))

@@ -49,6 +49,7 @@ examples:
   bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
   bitnet train --init runs/nano-stdlib-001 --data notes.txt --lr 5e-4
+  bitnet train --init nano.bitnet --lora 8 --data notes.txt --lr 1e-3     adapters alone, beside frozen weights
   bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
 
 Ctrl-C ends at once and keeps what is done; SIGTERM writes a checkpoint first and ends with status 143.
@@ -210,7 +211,11 @@ def _make_folder(settings: Settings, out: str | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     run = settings.run
-    name = f"{run.preset if run.init is None else Path(run.init).stem}-{run.stem}" + "-twin" * run.twin
+    name = (
+        f"{run.preset if run.init is None else Path(run.init).stem}-{run.stem}"
+        + "-twin" * run.twin
+        + "-lora" * (run.lora > 0)
+    )
     number = 1
     while True:
         folder = Path("runs", f"{name}-{number:03d}")
@@ -230,11 +235,21 @@ def initial(settings: Settings, out: Path) -> BitNetForCausalLM | None:
     source = settings.run.init
     if source is None:
         return None
-    if checkpoint.steps(out):
+    run = settings.run
+    if checkpoint.steps(out) and not run.lora:
         return from_pretrained(out)
     model = from_pretrained(source)
+    if model.lora is not None:
+        raise ConfigError(f"{source} holds adapters: go on with --resume, or begin with their base {model.lora.base}")
+    if run.lora:
+        targets = None if run.lora_targets is None else [name.strip() for name in run.lora_targets.split(",")]
+        seed = settings.trainer.seed
+        return model.add_lora(run.lora, run.lora_alpha, targets, norms=run.lora_norms, seed=seed)
     if any(layer.is_packed for _, layer in model.bitlinears()):
-        raise ConfigError(f"{source} is packed: it has codes and scales, but no latent weights to go on with")
+        raise ConfigError(
+            f"{source} is packed: it has codes and scales, but no latent weights to go on with; --lora RANK trains "
+            "adapters beside them"
+        )
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module.weight, nn.Parameter):
             raise ConfigError(f"{source} keeps {path} in {module.weight.dtype}, which cannot be trained")
@@ -343,8 +358,11 @@ LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "teacher")  # name
 
 def _introduce(trainer: Trainer) -> None:
     c, model = trainer.config, trainer.model
-    ternary = sum(layer.weight.size for _, layer in model.bitlinears())
-    kind = f"{ternary / model.num_parameters():.0%} of them ternary" if ternary else "full precision"
+    ternary = model.num_ternary()
+    if model.lora is not None:
+        kind = f"in adapters of rank {model.lora.rank} beside {ternary:,} frozen ternary weights"
+    else:
+        kind = f"{ternary / model.num_parameters():.0%} of them ternary" if ternary else "full precision"
     steps = c.steps or 0
     print(f"peak: {mfu.describe(trainer.peaks)}")
     print(f"model: {model.num_parameters():,} parameters, {kind}; vocabulary {model.config.vocab_size:,}")

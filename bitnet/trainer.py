@@ -263,7 +263,8 @@ class Trainer:
         self.samples: list[str] = []  # prompt and continuation after each evaluation
         self._callbacks = [*standard_callbacks(self.out, c.plots, c.tensorboard, c.wandb), *callbacks]
         rows = c.batch_size * c.grad_accum
-        self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision)  # of one step
+        frozen = model.lora is not None
+        self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision, frozen)  # of one step
         self._forget_tapes()
 
     def _held_out(self) -> dict[str, ShardDataset]:
@@ -290,6 +291,11 @@ class Trainer:
                 )
         if (self.config.ternary_from or self.config.ternary_ramp) and not self.model.num_ternary():
             raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
+        if self.model.lora is not None:
+            for name, off in {"ema": 0.0, "ternary_from": 0, "ternary_ramp": 0, "optimizer": "adamw"}.items():
+                value = getattr(self.config, name)
+                if value != off:
+                    raise ConfigError(f"{name} {value} is for training all weights: these are frozen beside adapters")
         if self.config.patience and self.validation is None:
             raise ConfigError(f"patience {self.config.patience} counts evaluations, but there is no held-out text")
         limit, seq_len = shape.max_position_embeddings, self.config.seq_len
@@ -695,6 +701,7 @@ class Trainer:
         if self.teacher is not None:
             state["teacher"] = self.teacher.fingerprint()
         out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
+        lora = self.model.lora
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
         average = None if self.average is None else self.average.model.state_dict()
 
@@ -702,7 +709,7 @@ class Trainer:
 
         def write() -> _Written:
             checkpoint.prune(out, keep, *old)  # room on the disk, where `keep` became smaller
-            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average)
+            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average, lora)
             checkpoint.prune(out, keep, None if best is None else best["step"], good)
             return _Written(path, step, good, best, time.perf_counter() - start)
 
@@ -744,6 +751,10 @@ class Trainer:
         for name, value in asdict(saved.config).items():
             if value != own[name]:
                 raise CheckpointError(f"{saved.path} is of another model: its {name} is {value}, not {own[name]}")
+        if saved.lora != self.model.lora:
+            raise CheckpointError(
+                f"{saved.path} has other adapters than this model: {saved.lora}, not {self.model.lora}"
+            )
         if saved.state["data"] != self.dataset.identity():
             raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
         self.config = _merged(self.config, saved.state["config"], str(saved.path))

@@ -37,7 +37,7 @@ from bitnet.formats.gguf_file import Part, Value, write
 from bitnet.formats.gguf_names import gguf_name, interleaved, is_projection, is_rotated, scale_name
 from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q8_0, TERNARY, TQ1_0, TQ2_0, TensorType
 from bitnet.formats.source import Progress
-from bitnet.formats.weights import codes_of, floats_of, model_weights
+from bitnet.formats.weights import codes_of, floats_of, model_weights, refuse_adapters
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -89,6 +89,7 @@ def save_gguf(
     instead of the tokenizer's. force: replace a file. Raises ConfigError for a model that the flavour cannot say, and
     CheckpointError, leaving no trace.
     """
+    refuse_adapters(model)
     plan = plan_of(model.config, flavour, weights, embeddings, i2s_order, force_activation)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     types = {plan.weights, plan.embeddings}

@@ -28,6 +28,7 @@ from bitnet.formats.onnx_graph import Weight, require_onnx
 from bitnet.formats.onnx_model import OPSET_INT2, TERNARY, ModelGraph
 from bitnet.formats.protobuf import opening
 from bitnet.formats.source import Progress
+from bitnet.formats.weights import refuse_adapters
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -63,6 +64,7 @@ def save_onnx(
     ConfigError if onnx is not installed or the options do not fit; CheckpointError, leaving no trace, if the disk is
     full.
     """
+    refuse_adapters(model)
     require_onnx()
     if weights not in TERNARY:
         raise ConfigError(f"weights of an ONNX file are {' or '.join(TERNARY)}, not {weights!r}")

@@ -22,7 +22,7 @@ from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile, Content, Part, file_parts, write
 from bitnet.formats.hf_config import config_from, config_json
 from bitnet.formats.source import Fifths, Floats, Progress, Stored, assemble
-from bitnet.formats.weights import bf16_of, codes_of, floats_of, is_bf16, model_weights
+from bitnet.formats.weights import bf16_of, codes_of, floats_of, is_bf16, model_weights, refuse_adapters
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -51,6 +51,7 @@ def save_packed(
     """
     if floats not in (None, *FLOATS):
         raise ValueError(f"floats must be one of {', '.join(FLOATS)}, not {floats!r}")
+    refuse_adapters(model)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     parts = file_parts({} if tokenizer is None else _files_of(tokenizer))
     for name, weight in model_weights(model):

@@ -9,11 +9,21 @@ import numpy as np
 
 from bitnet import _core, nn, ops
 from bitnet._core import Tensor
+from bitnet.errors import ConfigError
 from bitnet.formats.source import Codes
 from bitnet.model import BitNetForCausalLM
 
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 20  # floats looked at together: a few MB of temporary memory
+
+
+def refuse_adapters(model: BitNetForCausalLM) -> None:
+    """ConfigError for a model with adapters (bitnet/lora.py): no file but a checkpoint of theirs can hold them."""
+    if model.lora is not None:
+        raise ConfigError(
+            "adapters cannot be packed into their model: code * scale + B A has more than three values; write the "
+            "base, and generate with --lora"
+        )
 
 
 def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:

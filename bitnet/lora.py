@@ -1,0 +1,222 @@
+"""Low-rank adapters beside frozen ternary layers: y = bitlinear(x, W) + (alpha / rank) B (A x), A and B in f32.
+
+A (rank, in) begins normal and B (out, rank) at zero, so that a new adapter changes nothing (Hu et al. 2021, arXiv
+2106.09685). W, embeddings and head stay as they are; norms do too unless asked for. At inference the adapters stay
+beside the packed layers: W + B A has more than three values, so it cannot be merged into a ternary matrix.
+
+    model = from_pretrained("runs/base").add_lora(rank=8)       # ready for a Trainer
+    model = attach(from_pretrained("base.bitnet"), "runs/lora")  # ready to generate
+
+The backward pass of a bitlinear reads latent weights, so training keeps W as frozen f32, also for a base that is
+packed: a latent matrix with exactly its codes and its scale is made for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitnet import _core, nn, ops
+from bitnet._core import Tensor
+from bitnet.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from bitnet.checkpoint import Checkpoint
+    from bitnet.model import BitNetForCausalLM
+
+Array = np.ndarray[Any, Any]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What a model's adapters are.
+
+    targets: last names of the layers that have one. norms: whether the gains of all norms are trained too. base: where
+    the frozen model was opened, and base_sha256 what it is (fingerprint); two configs are equal wherever it lies.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = PROJECTIONS
+    norms: bool = False
+    base: str | None = field(default=None, compare=False)
+    base_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"the rank of an adapter must be at least 1, not {self.rank}")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"the alpha of an adapter must be positive, not {self.alpha}")
+        unknown = [name for name in self.targets if name not in PROJECTIONS]
+        if unknown or not self.targets:
+            what = f"not {unknown[0]!r}" if unknown else "at least one"
+            raise ConfigError(f"adapters go beside layers named {', '.join(PROJECTIONS)}: {what}")
+
+    @staticmethod
+    def of(values: dict[str, Any], where: Path) -> LoraConfig:
+        """From what asdict() gave and JSON kept. Raises CheckpointError naming the file."""
+        try:
+            return LoraConfig(**{**values, "targets": tuple(values["targets"])})
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(f"{where} does not describe adapters: {error}") from None
+
+
+class LoRALinear(nn.BitLinear):
+    """A BitLinear with an adapter beside it; `base` gives its weight, which is not trained.
+
+    x (..., in_features) -> (..., out_features).
+    """
+
+    def __init__(self, base: nn.BitLinear, rank: int, alpha: float, seed: int | None = None, name: str = "") -> None:
+        super().__init__(base.in_features, base.out_features, weight=base.weight)
+        self.bias = base.bias
+        self.factor = alpha / rank
+        a = nn.normal((rank, base.in_features), base.in_features**-0.5, seed, f"{name}.lora_A.weight" if name else None)
+        self.lora_A = nn.Linear(base.in_features, rank, weight=a)
+        self.lora_B = nn.Linear(rank, base.out_features, weight=nn.Parameter(ops.zeros((base.out_features, rank))))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., in_features) f32 -> (..., out_features), plus residual."""
+        return self.lora_B(self.lora_A(x) * self.factor, super().forward(x, residual))
+
+    @property
+    def reads_int8(self) -> bool:
+        """No: A reads x before it is quantized."""
+        return False
+
+    def to_full_precision(self) -> nn.Linear:
+        """A Linear with code * weight_scale and the adapter in one matrix, which has no ternary form."""
+        linear = super().to_full_precision()
+        a, b = (layer.weight.numpy(copy=True) for layer in (self.lora_A, self.lora_B))
+        linear.weight.copy_(linear.weight.numpy(copy=True) + np.float32(self.factor) * (b @ a))
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank {self.lora_A.out_features}"
+
+
+def add_lora(model: BitNetForCausalLM, config: LoraConfig, seed: int = 0, training: bool = True) -> None:
+    """Puts adapters beside the layers that config names, in place; initial values are a function of (seed, name).
+
+    training: freezes everything else, and makes latent weights of packed ones. ConfigError for a model without ternary
+    layers, with adapters, or whose fingerprint is not config's (where that has one).
+    """
+    if model.lora is not None:
+        raise ConfigError("the model has adapters already")
+    layers = [(path, layer) for path, layer in model.bitlinears() if path.rpartition(".")[2] in config.targets]
+    if not layers:
+        raise ConfigError("adapters go beside ternary layers, and the model has none of these names")
+    found = fingerprint(model)
+    wanted = config.base_sha256
+    if wanted not in ("", found):
+        raise ConfigError(f"the adapters were made for another model: {wanted[:12]}, and this one is {found[:12]}")
+    if training:
+        freeze(model, config.norms)
+    modules = dict(model.named_modules())
+    for path, layer in layers:
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, LoRALinear(layer, config.rank, config.alpha, seed, path))
+    model.lora = replace(config, base_sha256=found)
+
+
+def attach(model: BitNetForCausalLM, adapters: str | Path) -> BitNetForCausalLM:
+    """Puts the trained adapters of a run or checkpoint folder beside the layers of their base; returns the model.
+
+    Raises CheckpointError for a folder that has none, ConfigError for a model that is not the one they were made for.
+    """
+    from bitnet.checkpoint import open_checkpoint
+
+    saved = open_checkpoint(Path(adapters))
+    if saved.lora is None:
+        raise CheckpointError(f"{saved.path} holds a whole model, not adapters")
+    put(model, saved)
+    return model
+
+
+def put(model: BitNetForCausalLM, saved: Checkpoint) -> None:
+    """The adapters of a checkpoint, beside the layers of a model that is not trained further."""
+    assert saved.lora is not None
+    add_lora(model, saved.lora, training=False)
+    names = dict(model.named_modules())
+    for name, values in saved.weights.items():
+        path, _, last = name.rpartition(".")
+        weight = vars(names[path]).get(last) if path in names else None
+        if not isinstance(weight, Tensor) or weight.shape != values.shape:
+            raise CheckpointError(f"{saved.path}: its {name} of shape {values.shape} fits nothing in the model")
+        weight.copy_(values)
+
+
+def freeze(model: BitNetForCausalLM, norms: bool = False) -> None:
+    """Leaves nothing to train, but for the gains of norms if asked: the weights stay, as f32 that wants no gradient."""
+    for path, module in model.named_modules():
+        for name, value in list(vars(module).items()):
+            if not isinstance(value, Tensor) or value.dtype == "i32":
+                continue
+            if isinstance(module, nn.BitLinear) and module.is_packed and name == "weight":
+                setattr(module, name, Tensor(latent_of(module.codes().numpy(), module.weight_scale, path)))
+            elif isinstance(value, nn.Parameter) and not (norms and isinstance(module, nn.RMSNorm)):
+                setattr(module, name, value.detach())
+            elif value.dtype == "bf16":
+                with ops.no_grad():
+                    setattr(module, name, ops.convert(value, "f32"))
+    model.head = None  # another form of a matrix that is f32 again
+
+
+def latent_of(codes: Array, scale: float, name: str = "the layer") -> Array:
+    """A latent matrix (out, in) f32 that has exactly these codes and this scale; codes i8 of the same shape.
+
+    Its zeros are 0 and the others +-a, with a just below scale / (share of the others), some of them one float larger:
+    how many decides the last bit of the mean. ConfigError where no choice gives it.
+    """
+    flat = codes.reshape(-1)
+    others = np.flatnonzero(flat)
+    signs = flat[others].astype(np.float32)
+    latent = np.zeros(flat.size, np.float32)
+
+    def scale_of(size: np.float32, larger: int) -> float:
+        latent[others] = signs * size
+        latent[others[:larger]] = signs[:larger] * np.nextafter(size, np.float32(np.inf))
+        return _core.ternary_stats(Tensor(latent.reshape(codes.shape)))[4]
+
+    size = np.float32(scale * flat.size / max(others.size, 1))
+    for _ in range(3):  # the mean's own roundings move it by a few in 10^7
+        size = np.float32(float(size) * scale / scale_of(size, 0)) if others.size else np.float32(0)
+    while others.size and scale_of(size, 0) >= scale:
+        size = np.nextafter(size, np.float32(0))
+    while others.size and scale_of(size, others.size) < scale:
+        size = np.nextafter(size, np.float32(np.inf))
+    low, high = 0, int(others.size)
+    while low < high:
+        middle = (low + high) // 2
+        if scale_of(size, middle) < scale:
+            low = middle + 1
+        else:
+            high = middle
+    found = Tensor(latent.reshape(codes.shape)) if scale_of(size, low) == scale else None
+    if found is None or not np.array_equal(_core.ternary_codes(found).numpy(), codes):
+        raise ConfigError(f"no latent weights of {name} give its codes and its scale {scale:g} exactly")
+    return latent.reshape(codes.shape)
+
+
+def fingerprint(model: BitNetForCausalLM) -> str:
+    """SHA-256 in hex of the shape, the codes and scales of the ternary layers, and the norms.
+
+    The same packed or not; embedding and head, which may be rounded, take no part.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BitLinear):
+            # detach(): the codes that quantizing keeps beside a weight go with this window.
+            weight = module.weight if module.is_packed else module.weight.detach()
+            digest.update(path.encode() + np.float32(_core.ternary_stats(weight)[4]).tobytes())
+            digest.update(_core.ternary_codes(weight).numpy().tobytes())
+        elif isinstance(module, nn.RMSNorm):
+            digest.update(path.encode() + module.weight.numpy(copy=True).tobytes())
+    return digest.hexdigest()
