@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitnet.errors import ConfigError, DataError
-from bitnet.rows import RandomWindows, Rows, Windows, rows_of, whole_windows
+from bitnet.rows import Conversations, RandomWindows, Row, Rows, Windows, answered, rows_of, whole_windows
 from bitnet.shard import Shard, read_manifest
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,15 +38,26 @@ class ShardDataset:
         self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
         self.text_bytes: int = splits[split]["text_bytes"]
         self.shards: list[Shard] = []
+        self.marks: list[Shard] = []  # one beside each shard of conversations: 1 for a token of an answer, else 0
         for entry in splits[split]["files"]:
-            shard = Shard.open(self.folder / entry["file"])
-            listed = (entry["sha256"], entry["index_sha256"], self.vocab_size, self.fingerprint)
-            if (shard.sha256, shard.index_sha256, shard.vocab_size, shard.fingerprint) != listed:
-                raise DataError(f"shard {shard.path} is not the one the manifest lists")
-            self.shards.append(shard)
+            self.shards.append(self._listed(entry, self.vocab_size))
+            if "answers" in entry:
+                self.marks.append(self._listed(entry["answers"], 2))
+                if len(self.marks[-1]) != len(self.shards[-1]):
+                    raise DataError(f"shard {self.marks[-1].path} is not as long as {self.shards[-1].path}")
+        if len(self.marks) not in (0, len(self.shards)):
+            raise DataError(f"split {split!r} of {folder} has marks of answers beside some of its shards only")
         self._begins = [0]  # first token of each shard, and the end
         for shard in self.shards:
             self._begins.append(self._begins[-1] + len(shard))
+
+    def _listed(self, entry: dict[str, Any], vocab_size: int) -> Shard:
+        """A shard that the manifest lists."""
+        shard = Shard.open(self.folder / entry["file"])
+        listed = (entry["sha256"], entry["index_sha256"], vocab_size, self.fingerprint)
+        if (shard.sha256, shard.index_sha256, shard.vocab_size, shard.fingerprint) != listed:
+            raise DataError(f"shard {shard.path} is not the one the manifest lists")
+        return shard
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -63,6 +74,13 @@ class ShardDataset:
 
     def read(self, begin: int, end: int) -> npt.NDArray[np.int32]:
         """Tokens begin..end, (end - begin,) int32. Raises DataError outside 0..len."""
+        return self._read(self.shards, begin, end)
+
+    def read_marks(self, begin: int, end: int) -> npt.NDArray[np.int32]:
+        """Of a pack of conversations: 1 for each of the tokens begin..end that is part of an answer, else 0."""
+        return self._read(self.marks, begin, end)
+
+    def _read(self, shards: list[Shard], begin: int, end: int) -> npt.NDArray[np.int32]:
         if not 0 <= begin <= end <= len(self):
             raise DataError(f"split {self.split!r} of {self.folder} has tokens 0..{len(self)}, not {begin}..{end}")
         out = np.empty(end - begin, dtype=np.int32)
@@ -70,7 +88,7 @@ class ShardDataset:
         while at < end:
             i = bisect_right(self._begins, at) - 1
             stop = min(end, self._begins[i + 1])
-            out[at - begin : stop - begin] = self.shards[i].read(at - self._begins[i], stop - self._begins[i])
+            out[at - begin : stop - begin] = shards[i].read(at - self._begins[i], stop - self._begins[i])
             at = stop
         return out
 
@@ -91,11 +109,12 @@ class ShardDataset:
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must find again."""
-        return {"tokens": len(self), "shards": [shard.sha256 for shard in self.shards]}
+        answers = {"answers": [marks.sha256 for marks in self.marks]} if self.marks else {}
+        return {"tokens": len(self), "shards": [shard.sha256 for shard in self.shards], **answers}
 
     def verify(self) -> None:
         """Check every byte and id of every shard. Raises DataError at the first that is wrong."""
-        for shard in self.shards:
+        for shard in [*self.shards, *self.marks]:
             shard.verify()
 
     def tokenizer(self) -> Tokenizer:
@@ -151,8 +170,7 @@ class DataLoader:
 
     def batch(self, position: int) -> Batch:
         """Batch number `position`: targets are the tokens one place later. Two contiguous (batch_size, seq_len) i32."""
-        rows = [self.rows.row(number) for number in self.numbers(position)]
-        return np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows])
+        return _stacked([self.rows.row(number) for number in self.numbers(position)])
 
     def numbers(self, position: int) -> range:
         """The rows of a batch, by their numbers in the order of all rows."""
@@ -177,8 +195,26 @@ class DataLoader:
             yield batch
 
 
+def eval_rows(dataset: ShardDataset, seq_len: int) -> int:
+    """How many rows eval_blocks gives in all; 0 where it would raise DataError."""
+    return len(answered(dataset, seq_len)) if dataset.marks else max(0, (len(dataset) - 1) // seq_len)
+
+
+def _stacked(rows: list[Row]) -> Batch:
+    return np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows])
+
+
 def eval_blocks(dataset: ShardDataset, batch_size: int, seq_len: int) -> Iterator[Batch]:
-    """Every whole block of seq_len tokens once, in order, no two overlapping; the last batch may have fewer rows."""
+    """Every whole block of seq_len tokens once, in order, no two overlapping; the last batch may have fewer rows.
+
+    Of conversations: every one that has an answer within seq_len.
+    """
+    if dataset.marks:
+        found = Conversations(dataset, seq_len)
+        for first in range(0, found.per_epoch, batch_size):
+            numbers = range(first, min(first + batch_size, found.per_epoch))
+            yield _stacked([found.conversation(number) for number in numbers])
+        return
     blocks = whole_windows(dataset, seq_len)
     for first in range(0, blocks, batch_size):
         last = min(first + batch_size, blocks)

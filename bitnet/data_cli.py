@@ -6,21 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bitnet import recipes
+from bitnet.chat_template import NAMES
 from bitnet.data import ShardDataset
 from bitnet.errors import BitnetError, ConfigError
-from bitnet.prepare import DEDUP, SHARD_TOKENS, pack
+from bitnet.prepare import DEDUP, SHARD_TOKENS, pack, pack_chat
 from bitnet.shard import MANIFEST, read_manifest
-from bitnet.tokenizer import SPECS
+from bitnet.tokenizer import SPECS, Tokenizer, build_tokenizer
 
-__all__ = ["main", "pack"]
+__all__ = ["main", "pack", "pack_chat"]
 
 EXAMPLES = """\
 examples:
   bitnet data --data book.txt --out packs/book --tokenizer chars
   bitnet data --data web/*.jsonl.zst --out packs/web --dedup near --min-score 3 --language en --workers 8
   bitnet data --recipe tinystories --out packs/tinystories          asks the hub; --data FILE reads it from there
+  bitnet data --chat talks.jsonl --tokenizer-of runs/nano-stdlib-001 --out packs/talks          to fine-tune on
 
 Killed, the same command goes on with the first shard that was not finished.
 """
@@ -38,10 +41,13 @@ def arguments() -> argparse.ArgumentParser:
         "--data", nargs="+", metavar="PATH", help="text, .jsonl (.gz, .zst), .parquet, folders of them, hub:OWNER/NAME"
     )
     parser.add_argument("--recipe", metavar="NAME", help="stdlib, another of datasets/, or a .yaml; --data: from there")
+    parser.add_argument("--chat", nargs="+", metavar="FILE", help="conversations (.jsonl, .gz, .zst) to fine-tune on")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help=f"sentencepiece; {', '.join(SPECS)}, a .model or .json file"
     )
+    parser.add_argument("--tokenizer-of", metavar="RUN", help="the tokenizer of a model, instead")
+    parser.add_argument("--template", choices=NAMES, help="with --chat: as for bitnet chat (auto)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="for sentencepiece (4096)")
     parser.add_argument("--seq", dest="seq_len", type=int, metavar="T", help="window the data must hold (256)")
     parser.add_argument("--val-fraction", type=float, metavar="X", help="held out (default 0.01, one document: 0.1)")
@@ -85,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with what is finished", file=sys.stderr)
         return 130
-    print(f"next: bitnet train --data {out}")
+    init = "" if args.tokenizer_of is None else f" --init {args.tokenizer_of}"
+    print(f"next: bitnet train{init} --data {out}")
     return 0
 
 
@@ -101,6 +108,14 @@ def _run(args: argparse.Namespace) -> Path:
         {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         for names in (PACK_FLAGS, SCREEN_FLAGS)
     )
+    if args.tokenizer_of is not None:
+        if args.tokenizer is not None:
+            raise ConfigError("either --tokenizer or --tokenizer-of names the tokenizer")
+        options["tokenizer"] = _tokenizer_of(args.tokenizer_of)
+    if args.chat is not None:
+        return _run_chat(args, options | screen)
+    if args.template is not None:
+        raise ConfigError(f"--template {args.template} is for --chat")
     if args.max_mb is not None:
         options["max_bytes"] = int(args.max_mb * 1e6)
     if "where" in screen:
@@ -111,6 +126,28 @@ def _run(args: argparse.Namespace) -> Path:
     if (args.recipe is None) == (args.data is None):
         raise ConfigError("either --data or --recipe names the text")
     return pack(args.recipe or args.data, args.out, preparation=recipes.preparation(screen), **options)
+
+
+def _run_chat(args: argparse.Namespace, given: dict[str, Any]) -> Path:
+    """The pack of conversations. ConfigError for flags that say nothing of them."""
+    known = ("tokenizer", "val_fraction")
+    other = [name for name in ("data", "recipe", "max_mb") if getattr(args, name) is not None]
+    other += [name for name in given if name not in known]
+    if other:
+        raise ConfigError(f"--{other[0].replace('_', '-')} is for text, not for the conversations of --chat")
+    tokenizer = given.get("tokenizer", "sentencepiece")
+    if isinstance(tokenizer, str):
+        if tokenizer in SPECS and tokenizer != "bytes":
+            raise ConfigError(f"--chat needs the tokenizer of a model (--tokenizer-of RUN), not {tokenizer}")
+        tokenizer = build_tokenizer(tokenizer, [], 0)
+    return pack_chat(args.chat, args.out, tokenizer, args.template or "auto", val_fraction=args.val_fraction)
+
+
+def _tokenizer_of(run: str) -> Tokenizer:
+    from bitnet.pretrained import from_pretrained
+    from bitnet.text_stream import tokenizer_of
+
+    return tokenizer_of(from_pretrained(run))
 
 
 if __name__ == "__main__":

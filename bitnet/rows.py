@@ -105,12 +105,65 @@ class DocumentWindows:
         return tokens, targets
 
 
+class Conversations:
+    """Conversations of a pack that `bitnet data --chat` made, one a row, with targets on the answers alone.
+
+    Each is cut or filled up with zeros to seq_len; a target is IGNORE wherever nothing is learned. Conversations whose
+    first answer lies beyond seq_len take no part. order "shuffled": each once an epoch; "random": any, at random.
+    """
+
+    def __init__(
+        self, dataset: ShardDataset, seq_len: int, seed: int = 0, order: str = "shuffled", batch_size: int = 1
+    ) -> None:
+        self._dataset, self._seq_len, self._seed = dataset, seq_len, seed
+        self._order, self._batch_size = order, batch_size
+        self._starts = dataset.document_starts()
+        self._numbers = answered(dataset, seq_len)
+        self.left_out = len(self._starts) - 1 - len(self._numbers)
+        self.per_epoch = len(self._numbers)
+        if self.per_epoch == 0:
+            raise DataError(f"no conversation of {dataset.folder} has an answer within {seq_len} tokens")
+
+    def row(self, number: int) -> Row:
+        if self._order == "random":
+            position, index = divmod(number, self._batch_size)
+            word = words(self._seed, RANDOM_STREAM, position, self._batch_size)[index]
+            return self.conversation(scale(word, self.per_epoch))
+        epoch, index = divmod(number, self.per_epoch)
+        return self.conversation(permute(index, self.per_epoch, words(self._seed, DOCUMENT_STREAM, epoch, ROUNDS)))
+
+    def conversation(self, number: int) -> Row:
+        """One of per_epoch, in the order of the pack."""
+        begin, end = self._starts[self._numbers[number] :][:2].tolist()
+        end = min(end, begin + self._seq_len + 1)
+        ids, marks = self._dataset.read(begin, end), self._dataset.read_marks(begin, end)
+        tokens, targets = np.zeros(self._seq_len, np.int32), np.full(self._seq_len, IGNORE, np.int32)
+        tokens[: len(ids) - 1] = ids[:-1]
+        targets[: len(ids) - 1] = np.where(marks[1:] == 1, ids[1:], IGNORE)
+        return tokens, targets
+
+
+def answered(dataset: ShardDataset, seq_len: int) -> npt.NDArray[np.int64]:
+    """Numbers of the conversations that have part of an answer among their first seq_len targets, rising."""
+    found, first = [np.zeros(0, np.int64)], 0
+    for shard, marks in zip(dataset.shards, dataset.marks, strict=True):
+        begins = shard.starts
+        ends = np.append(begins[1:], len(shard))
+        sums = np.concatenate([[0], np.cumsum(marks.read(0, len(marks)), dtype=np.int64)])
+        learned = sums[np.minimum(begins + seq_len + 1, ends)] - sums[np.minimum(begins + 1, ends)]
+        found.append(first + np.flatnonzero(learned))
+        first += len(begins)
+    return np.concatenate(found)
+
+
 def rows_of(dataset: ShardDataset, batch_size: int, seq_len: int, seed: int, order: str, documents: str) -> Rows:
     """Rows of one data set in an order ("shuffled", "random"), documents "joined" or "separate"."""
     if order not in ("shuffled", "random"):
         raise ConfigError(f"order must be 'shuffled' or 'random', not {order!r}")
     if documents not in ("joined", "separate"):
         raise ConfigError(f"documents must be 'joined' or 'separate', not {documents!r}")
+    if dataset.marks:  # of conversations, which are never joined
+        return Conversations(dataset, seq_len, seed, order, batch_size)
     if documents == "separate":
         if order != "shuffled":
             raise ConfigError(f"separate documents come in the order 'shuffled', not {order!r}")

@@ -293,6 +293,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     {"format", "key", "source", "tokenizer": {"name", "vocab_size", "fingerprint", "files"},
     "splits": {"train": {"tokens", "documents", "text_bytes", "files": [{"file", "tokens", "documents", "sha256",
     "index_sha256"}]}}}.
+    A file of conversations also has "answers": {"file", "sha256", "index_sha256"}, a shard of the vocabulary 0, 1
+    beside it: see rows.Conversations.
     Raises DataError if it is anything else.
     """
     path = Path(folder) / MANIFEST
@@ -313,6 +315,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             for entry in split["files"]:
                 _check(entry, {"file": str, "tokens": int, "documents": int, "sha256": str, "index_sha256": str})
                 names.append(entry["file"])
+                if "answers" in entry:
+                    _check(entry["answers"], {"file": str, "sha256": str, "index_sha256": str})
+                    names.append(entry["answers"]["file"])
         for name in names:
             if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
                 raise ValueError(f"{name!r} is not the name of a file in its folder")

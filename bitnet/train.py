@@ -29,7 +29,7 @@ from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained, located
-from bitnet.rows import DocumentWindows
+from bitnet.rows import Conversations, DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
 from bitnet.tokenizer import Tokenizer
@@ -374,6 +374,8 @@ def _introduce(trainer: Trainer) -> None:
     )
     if isinstance(trainer.loader.rows, DocumentWindows):
         print(f"documents stay separate: {trainer.loader.rows.filled:.0%} of the places in a batch hold text")
+    if isinstance(trainer.loader.rows, Conversations) and trainer.loader.rows.left_out:
+        print(f"{trainer.loader.rows.left_out:,} conversations have no answer within {c.seq_len} tokens: left out")
     levers = [f"{name} {getattr(c, name)}" for name in LEVERS if getattr(c, name) != OPTIONS[name].default]
     if levers:
         print(f"levers: {', '.join(levers)}")

@@ -24,7 +24,7 @@ from bitnet import _core, checkpoint, mfu, ops, optim, stability
 from bitnet._core import Tensor
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
-from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks
+from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks, eval_rows
 from bitnet.distill import Distillation, Teacher
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
@@ -271,7 +271,7 @@ class Trainer:
         """The validation splits that hold a sequence; several by the names of their sources."""
         out = {}
         for name, data in self.dataset.held_out().items():
-            if len(data) > self.config.seq_len:
+            if eval_rows(data, self.config.seq_len):
                 out[name] = data
             else:
                 self.log(f"note: {len(data)} held-out tokens are too few for one sequence: no {name} loss")
@@ -419,7 +419,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = 0.0
         batches = [self.loader.batch(self.position + micro) for micro in range(c.grad_accum)]
-        counts = [int((targets != IGNORE).sum()) for _, targets in batches]
+        counts = [_targeted(targets) for _, targets in batches]
         for batch, count in zip(batches, counts, strict=True):
             share = count / sum(counts)  # the mean of means, so weighted, is the mean over the step's targets
             loss += self._loss(*batch) * share
@@ -524,7 +524,7 @@ class Trainer:
                 self.log(f"warning: {error}; training goes on")
 
     def evaluate(self, recorded: RecordedLoss | None = None) -> float:
-        """Mean loss in nats per token over whole, non-overlapping blocks of the held-out split, in order.
+        """Mean loss in nats per target over the rows of the held-out split, in order: see data.eval_blocks.
 
         Of a mixture: the mean of its sources' losses, each weighted like the source; `source_losses` holds them.
         recorded: the loss of another model than the one in training, which leaves `source_losses` alone.
@@ -543,17 +543,19 @@ class Trainer:
 
     def _evaluate(self, data: ShardDataset, loss: RecordedLoss) -> float:
         c = self.config
-        total, count, limit = 0.0, 0, self._eval_blocks(data)
+        total, count, done, limit = 0.0, 0, 0, self._eval_blocks(data)
         for tokens, targets in eval_blocks(data, c.batch_size, c.seq_len):
-            rows = min(len(tokens), limit - count)
+            rows = min(len(tokens), limit - done)
             if rows <= 0:
                 break
             if rows < c.batch_size:  # the last batch: rows that do not count fill the recorded shape
                 missing = c.batch_size - rows
                 tokens = np.pad(tokens[:rows], ((0, missing), (0, 0)))
-                targets = np.pad(targets[:rows], ((0, missing), (0, 0)), constant_values=-100)
-            total += loss(tokens, targets) * rows
-            count += rows
+                targets = np.pad(targets[:rows], ((0, missing), (0, 0)), constant_values=IGNORE)
+            targeted = _targeted(targets)
+            total += loss(tokens, targets) * targeted
+            count += targeted
+            done += rows
         return total / count
 
     def sample_prompt(self) -> str:
@@ -564,7 +566,7 @@ class Trainer:
         return self.tokenizer.decode(text.read(0, min(len(text), 8)).tolist())
 
     def _eval_blocks(self, data: ShardDataset) -> int:
-        whole = (len(data) - 1) // self.config.seq_len
+        whole = eval_rows(data, self.config.seq_len)
         return min(whole, self.config.eval_blocks or whole)
 
     # ---- trouble ----------------------------------------------------------------------------------------------------
@@ -810,6 +812,11 @@ class _Written:
     good: int
     best: dict[str, Any] | None
     seconds: float
+
+
+def _targeted(targets: np.ndarray[Any, Any]) -> int:
+    """How many targets a loss is the mean over."""
+    return int(np.count_nonzero(targets != IGNORE))
 
 
 def _merged(config: TrainerConfig, saved: dict[str, Any], where: str) -> TrainerConfig:

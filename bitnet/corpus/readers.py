@@ -24,7 +24,7 @@ def read_records(path: Path, source: str, text_field: str, wanted: Sequence[str]
     if path.name.endswith(PARQUET):
         records = _parquet_rows(path, {name.partition(".")[0] for name in (text_field, *wanted)} | {text_field})
     else:
-        records = _json_lines(path)
+        records = json_lines(path)
     for where, record in records:
         document = of_record(record, text_field, wanted, source, where)
         if document is not None:
@@ -72,7 +72,8 @@ def need(module: str, what: str) -> Any:
         raise ConfigError(f"{what} needs {name}: pip install 'bitnet[data]'") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line of a JSONL file that is not empty; where: "PATH line N". Raises DataError."""
     broken: list[type[BaseException]] = [EOFError, gzip.BadGzipFile, zlib.error]
     if path.suffix == ".zst":
         broken.append(need("zstandard", str(path)).ZstdError)

@@ -3,11 +3,15 @@
 screening.py   one pass that decides which documents stay: filters.py, exact.py, near.py
 pipeline.py    screening, then the tokenizer, then shards.py, then the manifest
 workers.py     the same results in the same order from any number of processes
+folder.py      the folder that comes of it
+chat.py        conversations instead of documents, with marks on their answers
 unfinished.py  what a pack that was killed goes on from
 """
 
+from bitnet.prepare.chat import pack_chat
 from bitnet.prepare.filters import Filters
-from bitnet.prepare.pipeline import SHARD_TOKENS, SPLITS, pack
+from bitnet.prepare.folder import SPLITS
+from bitnet.prepare.pipeline import SHARD_TOKENS, pack
 from bitnet.prepare.screening import DEDUP, Preparation
 
-__all__ = ["DEDUP", "SHARD_TOKENS", "SPLITS", "Filters", "Preparation", "pack"]
+__all__ = ["DEDUP", "SHARD_TOKENS", "SPLITS", "Filters", "Preparation", "pack", "pack_chat"]

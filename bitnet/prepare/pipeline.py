@@ -6,9 +6,6 @@ nothing of time, place or machine is written.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -22,18 +19,18 @@ import numpy.typing as npt
 from bitnet.corpus import Corpus, Counter, Split, Survey, stdlib, stdlib_name
 from bitnet.data import ShardDataset
 from bitnet.errors import BitnetError, ConfigError, DataError
+from bitnet.prepare.folder import SPLITS, finish, is_whole, key_of, pack_in, remove, sweep
 from bitnet.prepare.progress import Progress
 from bitnet.prepare.screening import Preparation, Screening, screen
 from bitnet.prepare.shards import Series
-from bitnet.prepare.unfinished import FOLDER, Unfinished
+from bitnet.prepare.unfinished import Unfinished
 from bitnet.prepare.workers import batches, ordered_map
-from bitnet.shard import INDEX_SUFFIX, MANIFEST, MAX_TOKENS, read_manifest, write_manifest
+from bitnet.shard import MAX_TOKENS, read_manifest
 from bitnet.tokenizer import SPECS, Tokenizer, build_tokenizer
 
 Source = str | Path | Iterable[str | Path]
 Log = Callable[[str], None]
 
-SPLITS = ("train", "validation")
 SHARD_TOKENS = 1 << 27  # 256 MB of 16-bit tokens
 SAMPLE_BYTES = 32 << 20  # text the tokenizer is trained on: five seconds for BPE, and more text changes few pieces
 
@@ -74,7 +71,7 @@ def pack(
     out = Path(out)
     prepare = preparation or Preparation()
     corpus, name = open_corpus(source, separator, max_bytes, text_field, prepare.filters.fields)
-    old = _pack_in(out)
+    old = pack_in(out)
     # A trained tokenizer follows from the text and these words; one that is loaded is known by its own fingerprint.
     spec = tokenizer if isinstance(tokenizer, str) else tokenizer.name
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else None
@@ -83,7 +80,7 @@ def pack(
     made_by: list[Any] = [spec, vocab_size] if loaded is None else [loaded.fingerprint()]
     options = [val_fraction, shard_tokens, shards, made_by, prepare.settings()]
     unfinished = Unfinished(out)
-    stamp = _key(corpus.stamp(), options)
+    stamp = key_of(corpus.stamp(), options)
     found = unfinished.screening(stamp)
     if found is None:
         with Progress("reading", None) as bar:
@@ -97,17 +94,17 @@ def pack(
         log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
     split = Split.choose(survey, val_fraction)
     log(f"held out for validation: {split}")
-    key = _key(survey.sha256, split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings())
-    if old.get("key") == key and _is_whole(out):
+    key = key_of(survey.sha256, split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings())
+    if old.get("key") == key and is_whole(out):
         log(f"{out} already holds this pack: nothing to do")
     else:
         if unfinished.screening(stamp) is None:
             unfinished.begin(stamp, found)
         if old:
             log(f"{out} holds a pack of other text or options: replacing it")
-            _remove(out, old)
+            remove(out, old)
         if not any(unfinished.shards(name) for name in SPLITS):
-            _sweep(out)
+            sweep(out)
         try:
             chosen = loaded or unfinished.tokenizer()
             if chosen is None:
@@ -115,19 +112,13 @@ def pack(
                 unfinished.keep_tokenizer(chosen)
             splits = _write(out, corpus, found, split, chosen, (shard_tokens, shards), workers, unfinished, log)
         except BitnetError:
-            _sweep(out)
+            sweep(out)
             unfinished.discard()  # going on would meet the same text again
             raise
         text = {"name": name, **asdict(survey), "validation": str(split), "files": found.sources}
         if not prepare.keeps_everything:
             text |= {"read": found.survey.documents, "filters": prepare.settings(), "left_out": found.dropped}
-        about = {
-            "name": chosen.name,
-            "vocab_size": chosen.vocab_size,
-            "fingerprint": chosen.fingerprint(),
-            "files": chosen.save(out),
-        }
-        write_manifest(out, {"key": key, "source": text, "tokenizer": about, "splits": splits})
+        finish(out, key, text, chosen, splits)
     unfinished.discard()
     _report(out, seq_len, log)
     return out
@@ -248,56 +239,3 @@ def _write(
     if validation.tokens == 0 and split.fraction > 0:
         log("note: no text fell to validation")
     return {one.split: one.describe() for one in series if one.tokens}
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(["bitnet pack 2", *parts]).encode()).hexdigest()
-
-
-def _pack_in(folder: Path) -> dict[str, Any]:
-    """Manifest of the pack in a folder, {} where there is none yet. Raises DataError if something else is there."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file: a pack is a folder")
-    if (folder / MANIFEST).is_file():
-        return read_manifest(folder)
-    # Shards and a tokenizer without a manifest are those of a pack that was killed, if it says that there was one.
-    ours = {path.name for path in _leftovers(folder)} | {FOLDER}
-    if (folder / FOLDER).is_dir():
-        ours |= {path.name for suffix in ("json", "model") for path in folder.glob(f"*.{suffix}")}
-    strange = sorted(path.name for path in folder.glob("*") if path.name not in ours)
-    if strange:
-        raise DataError(f"{folder} is not a pack and not empty: it holds {strange[0]}")
-    return {}
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """Files that only the making of a pack leaves."""
-    shards = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx)") if (folder / FOLDER).is_dir() else None
-    return [
-        path
-        for path in folder.glob("*")
-        if path.name.endswith(".partial") or (shards is not None and shards.fullmatch(path.name))
-    ]
-
-
-def _sweep(folder: Path) -> None:
-    for path in _leftovers(folder):
-        path.unlink()
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the splits of a pack and its tokenizer open."""
-    try:
-        for split in read_manifest(folder)["splits"]:
-            ShardDataset(folder, split).tokenizer()
-    except BitnetError:
-        return False
-    return True
-
-
-def _remove(folder: Path, manifest: dict[str, Any]) -> None:
-    """Take away a pack: the manifest first, so that what is left never looks complete; then only files it listed."""
-    (folder / MANIFEST).unlink()
-    shards = [Path(entry["file"]) for split in manifest["splits"].values() for entry in split["files"]]
-    for name in [*manifest["tokenizer"]["files"], *shards, *(shard.with_suffix(INDEX_SUFFIX) for shard in shards)]:
-        (folder / name).unlink(missing_ok=True)
