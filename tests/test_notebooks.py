@@ -28,6 +28,7 @@ SMALL = {
     "03_autograd": "STEPS, DIRECTIONS = 20, 2",
     "04_generate": "TEXT_BYTES, STEPS = 600_000, 10",
     "05_twin": "TEXT_BYTES, STEPS, SEEDS = 400_000, 8, 2",
+    "06_fine_tune": "BASE_STEPS, TUNING_STEPS = 10, 10",
 }
 MOST_BYTES = 400_000
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|var)/|[A-Z]:\\")
