@@ -145,6 +145,10 @@ def put(model: BitNetForCausalLM, saved: Checkpoint) -> None:
     assert saved.lora is not None
     add_lora(model, saved.lora, training=False)
     names = dict(model.named_modules())
+    adapters = [path for path, layer in model.bitlinears() if isinstance(layer, LoRALinear)]
+    wanted = [f"{path}.{part}.weight" for path in adapters for part in ("lora_A", "lora_B")]
+    if missing := [name for name in wanted if name not in saved.weights]:
+        raise CheckpointError(f"{saved.path} has no {missing[0]}, which its {len(adapters)} adapters need")
     for name, values in saved.weights.items():
         path, _, last = name.rpartition(".")
         weight = vars(names[path]).get(last) if path in names else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,18 @@ def test_a_run_of_adapters_resumes_to_the_same_bytes(runs: Path) -> None:
     for name in ("adapters.safetensors", "optimizer.safetensors"):
         files = [checkpoint.folder_of(runs / one, 4) / name for one in ("cut", "lora")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_adapters_that_do_not_fit_their_description(runs: Path) -> None:
+    saved = checkpoint.load(checkpoint.folder_of(runs / "lora", 4))
+    name = next(iter(saved.weights))
+    for weights, message in (
+        ({key: array for key, array in saved.weights.items() if key != name}, f"has no {name}"),
+        ({**saved.weights, name: saved.weights[name][:1]}, "fits nothing in the model"),
+        ({**saved.weights, "model.other": saved.weights[name]}, "its model.other of shape"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            replace(saved, weights=weights).model()
 
 
 def test_requests_that_cannot_be_met(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
