@@ -121,10 +121,10 @@ def full_precision(model: BitNetForCausalLM) -> ARRAY:
 def test_floats_are_the_model_without_quantized_activations(
     models: dict[str, BitNetForCausalLM], found: dict[str, ARRAY], name: str, weights: str
 ) -> None:
-    """To rounding, also where F16 holds codes beside an F32 scale; in a llama of F16 each scale loses up to 2^-12."""
+    """To rounding. Of F16 it is that of activations to F16, 2^-12 each in every layer, where llama.cpp was not compiled
+    for the processor it runs on (1e-3 of a deviation was seen), and in a llama of F16 that of each scale."""
     wanted, got = full_precision(models[name]), found[f"{name} {weights}"]
-    rounded = weights == "f16" and not name.startswith("llama.cpp")
-    assert np.abs(got - wanted).max() < (5e-3 * wanted.std() if rounded else 1e-4)
+    assert np.abs(got - wanted).max() < (1e-2 * wanted.std() if weights == "f16" else 1e-4)
 
 
 def test_a_full_precision_model_is_the_same(models: dict[str, BitNetForCausalLM], found: dict[str, ARRAY]) -> None:
