@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 # Loaded when first used, so that `import bitnet` stays light.
 _LAZY = {
     "Trainer": "bitnet.trainer",
-    "TrainerConfig": "bitnet.trainer",
+    "TrainerConfig": "bitnet.trainer_config",
     "from_pretrained": "bitnet.pretrained",
 }
 

@@ -17,7 +17,7 @@ from bitnet.corpus import RECIPES
 from bitnet.errors import ConfigError
 from bitnet.mixture import is_mixture
 from bitnet.tokenizer import SPECS
-from bitnet.trainer import TrainerConfig, option
+from bitnet.trainer_config import TrainerConfig, option
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from bitnet.rows import Conversations, DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
 from bitnet.tokenizer import Tokenizer
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from bitnet.data import pack
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.layer_stats import BINS, histogram, layer_record
 from bitnet.metrics import LineFile, read_events, read_lines, read_metrics
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
 

@@ -24,7 +24,8 @@ from bitnet.mixture import Mixture, Source
 from bitnet.rows import IGNORE, Conversations
 from bitnet.sampling import Sampler
 from bitnet.tokenizer import ByteTokenizer
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SHAPE = (
     "--tokenizer bytes --hidden-size 32 --intermediate-size 48 --num-hidden-layers 1 --num-attention-heads 2".split()

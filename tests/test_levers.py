@@ -20,7 +20,8 @@ from bitnet.interrupts import Interrupted
 from bitnet.muon import Muon, orthogonalize
 from bitnet.pretrained import from_pretrained
 from bitnet.ramp import blended, ternary_share
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
 CONFIG = TrainerConfig(

@@ -17,7 +17,8 @@ from bitnet.errors import CheckpointError, ConfigError, DataError
 from bitnet.metrics import read_metrics
 from bitnet.mixture import BLOCK, Mixture, MixtureRows, Source, is_mixture
 from bitnet.train import main
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SIZES = {"a": 4000, "b": 9000, "c": 2000}
 

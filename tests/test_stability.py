@@ -18,7 +18,8 @@ from bitnet.data import ShardDataset, pack
 from bitnet.interrupts import Interrupted
 from bitnet.metrics import read_events, read_lines, read_metrics
 from bitnet.stability import DivergenceError, LossWatch
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 2, 2, max_position_embeddings=64)
 CONFIG = TrainerConfig(

@@ -20,7 +20,8 @@ from bitnet.callbacks import Callback
 from bitnet.data import pack
 from bitnet.errors import CheckpointError
 from bitnet.metrics import read_metrics
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 FLAGS = (
     "--tokenizer bytes --hidden-size 32 --intermediate-size 48 --num-hidden-layers 1 --num-attention-heads 2 "

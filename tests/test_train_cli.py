@@ -16,7 +16,7 @@ from bitnet.data import pack
 from bitnet.errors import ConfigError
 from bitnet.metrics import read_metrics
 from bitnet.run_config import OPTIONS, Settings, parse, read_yaml
-from bitnet.trainer import TrainerConfig
+from bitnet.trainer_config import TrainerConfig
 
 SMALL = (
     "--tokenizer chars --hidden-size 32 --intermediate_size 48 --num-hidden-layers=2 --num-attention-heads 2 "

@@ -18,7 +18,8 @@ from bitnet.data import ShardDataset, eval_blocks, pack
 from bitnet.errors import ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.stability import DivergenceError
-from bitnet.trainer import Trainer, TrainerConfig
+from bitnet.trainer import Trainer
+from bitnet.trainer_config import TrainerConfig
 
 SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
 CONFIG = TrainerConfig(steps=12, batch_size=4, seq_len=16, lr=5e-3, eval_every=5, sample_tokens=0)
