@@ -342,8 +342,8 @@ def test_the_first_bad_tensor_is_named() -> None:
 
 def test_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
     # In f32 the losses of a rate that is far too high are the same on every instruction set.
-    high = replace(CONFIG, lr=0.3, min_lr=0.3, spike=0, precision="fp32")
-    rising = trainer(folder, tmp_path, replace(high, steps=60, eval_every=5, patience=3))
+    config = replace(CONFIG, lr=3.0, min_lr=3.0, spike=0, precision="fp32", steps=60, eval_every=5, patience=3)
+    rising = trainer(folder, tmp_path, config)
     rising.fit()
     (event,) = read_events(tmp_path / "metrics.jsonl")
     values = [record["val_loss"] for record in rising.history if record["val_loss"] is not None]
@@ -351,11 +351,11 @@ def test_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
     assert rising.step == event["step"] == 5 * len(values) < 60
     assert min(values) == values[-4]
     assert checkpoint.steps(tmp_path)[-1] == rising.step
-    again = trainer(folder, tmp_path, replace(config, lr=0.3, min_lr=0.3, spike=0))
+    again = trainer(folder, tmp_path, config)
     again.fit(resume=True)
     assert again.step == rising.step
     assert read_events(tmp_path / "metrics.jsonl") == [event]
-    further = trainer(folder, tmp_path, replace(config, lr=0.3, min_lr=0.3, spike=0, patience=0))
+    further = trainer(folder, tmp_path, replace(config, patience=0))
     further.fit(resume=True)
     assert further.step == 60
 
