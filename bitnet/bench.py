@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +22,7 @@ import numpy as np
 
 from bitnet import _core, current_isa, get_threads, mfu, nn, set_threads
 from bitnet.cache import DTYPES, KVCache
-from bitnet.command import exit_status
+from bitnet.command import exit_status, peak_memory
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.decoding import Decoder
 from bitnet.errors import ConfigError
@@ -93,7 +92,7 @@ def bench(model: BitNetForCausalLM, prompt: int, new: int, batch: int = 1, round
     read = step_bytes(model, batch, prompt + new / 2, cache_dtype)
     peak = mfu.measure_peaks()["int8" if c.linear == "bitlinear" else "f32"]
     prompt_seconds, step_seconds = measure(model, prompt, new, batch, rounds, cache_dtype)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak_memory()
     bandwidth = max(_core.read_bandwidth(max(round(read), LEAST_READ)) for _ in range(2))  # takes memory itself
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,

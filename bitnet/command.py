@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +42,12 @@ def bar(what: str) -> Progress:
     from tqdm import tqdm
 
     return partial(tqdm, desc=what, unit="tensor", disable=None, leave=False)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def exit_status(work: Callable[[], int]) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.agreement import Logits, compare_logits, logits_of, tokens_of
-from bitnet.command import add_run, bar, exit_status
+from bitnet.command import add_run, bar, exit_status, peak_memory
+from bitnet.durable import refuse_existing
 from bitnet.errors import ConfigError
 from bitnet.formats.source import Progress, Reading
 from bitnet.model import BitNetForCausalLM
@@ -93,8 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     target = TARGETS[args.to]
     options = _options(args, target)
     out = args.out or Path(Path(args.run).resolve().with_suffix("").name + target.suffix)
-    if out.exists() and not args.force:  # before anything is read
-        raise ConfigError(f"{out} exists already; --force replaces it")
+    refuse_existing(out, args.force, folder=out.is_dir())  # before anything is read; the writer knows its own kind
     start = time.perf_counter()
     model, provenance = open_without_copies(args.run, Reading(), bar("reading"))
     if args.no_tokenizer:
@@ -170,8 +168,7 @@ def written(path: Path, seconds: float) -> str:
     """One line: size, time and memory that it took."""
     files = path.rglob("*") if path.is_dir() else path.parent.glob(path.name + "*")
     size = sum(file.stat().st_size for file in files if file.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{path}: {size:,} bytes, {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB"
+    return f"{path}: {size:,} bytes, {seconds:.1f} s, peak memory {peak_memory() / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet.command import RUN, add_reading, bar, exit_status, reading_of
+from bitnet.durable import refuse_existing
 from bitnet.errors import ConfigError
 from bitnet.export import verify, write, written
 from bitnet.generate import describe
@@ -40,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.dst.exists() and not args.force:  # before anything is read
-        raise ConfigError(f"{args.dst} exists already; --force replaces it")
     form = "bitnet" if args.dst.suffix == ".bitnet" else "hf"
+    refuse_existing(args.dst, args.force, folder=form == "hf")  # before anything is read
     start = time.perf_counter()
     model, provenance = open_without_copies(args.src, reading_of(args), bar("reading"))
     if form == "hf" and any(layer.is_packed for _, layer in model.bitlinears()):

@@ -27,6 +27,7 @@ from bitnet.data import ShardDataset
 from bitnet.errors import ConfigError, DataError
 from bitnet.rows import MIXTURE_STREAM, ROUNDS, Row, Rows, permute, words
 from bitnet.tokenizer import Tokenizer
+from bitnet.yaml_file import load_yaml
 
 BLOCK = 1 << 16
 SUFFIXES = (".yaml", ".yml")
@@ -126,7 +127,7 @@ class Mixture:
 def is_mixture(specs: Sequence[str]) -> bool:
     """Whether `--data` names a mixture: a YAML file with sources, or PACK=WEIGHT where no such file is."""
     if len(specs) == 1 and specs[0].endswith(SUFFIXES) and Path(specs[0]).is_file():
-        fields = _yaml(Path(specs[0]))
+        fields = load_yaml(Path(specs[0]))
         return isinstance(fields, dict) and "sources" in fields
     return bool(specs) and all("=" in spec and not Path(spec).exists() for spec in specs)
 
@@ -207,17 +208,8 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     return out
 
 
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-
-
 def _from_yaml(path: Path) -> Mixture:
-    fields = _yaml(path)
+    fields = load_yaml(path)
     if not isinstance(fields, dict) or not isinstance(fields.get("sources"), list):
         raise ConfigError(f"{path} is no mixture: it has no list of sources")
     strange = [name for name in fields if name not in ("sources", "temperature")]

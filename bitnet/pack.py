@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet.command import add_run, bar, exit_status
-from bitnet.errors import ConfigError
+from bitnet.durable import refuse_existing
 from bitnet.formats.bitnet_file import TERNARY, BitnetFile
 from bitnet.formats.source import Reading
 from bitnet.pretrained import open_without_copies
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from bitnet.formats.packing import save_packed
 
-    if args.out.exists() and not args.force:  # before anything is read
-        raise ConfigError(f"{args.out} exists already; --force replaces it")
+    refuse_existing(args.out, args.force)  # before anything is read
     model, provenance = open_without_copies(args.run, Reading())
     save_packed(
         model,

@@ -70,7 +70,7 @@ def open_without_copies(
     from bitnet.formats.packing import SavedSource, provenance_of
 
     place = _local(path, None)
-    if place.is_dir() and _source(place, reading) is None and reading == Reading():
+    if _is_own_folder(place) and reading == Reading():
         saved: Checkpoint = open_checkpoint(place)
         if saved.lora is None:
             return assemble(SavedSource(saved), progress=progress), provenance_of(saved)
@@ -94,12 +94,16 @@ def _source(place: Path, reading: Reading) -> Source | None:
         return open_onnx(place)
     if place.is_file():
         return None
-    own = (place / "checkpoints").is_dir() or any((place / name).is_file() for name in (STATE, SUMS))
-    if own or not (place / CONFIG).is_file():
+    if _is_own_folder(place) or not (place / CONFIG).is_file():
         return None
     from bitnet.formats.hf_source import open_hf
 
     return open_hf(place, reading)
+
+
+def _is_own_folder(place: Path) -> bool:
+    """Whether it is a run or a checkpoint of this project, complete or not."""
+    return (place / "checkpoints").is_dir() or any((place / name).is_file() for name in (STATE, SUMS))
 
 
 def is_onnx(place: Path) -> bool:

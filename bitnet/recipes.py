@@ -20,6 +20,7 @@ from typing import Any
 
 from bitnet.errors import ConfigError
 from bitnet.prepare import Filters, Preparation, pack
+from bitnet.yaml_file import load_yaml
 
 FIELDS = ("about", "licence", "size", "source", "sha256", "pack", "prepare", "parts")
 PACK_FIELDS = ("tokenizer", "vocab_size", "shards", "separator", "text_field", "val_fraction", "shard_tokens")
@@ -58,12 +59,7 @@ def find(name: str) -> Recipe:
 
 def read(path: Path) -> Recipe:
     """Raises ConfigError naming file and field."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    value = load_yaml(path)
     _check(path, value, FIELDS)
     for name in ("about", "licence", "sha256"):
         if not isinstance(value.get(name), str):

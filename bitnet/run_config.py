@@ -18,6 +18,7 @@ from bitnet.errors import ConfigError
 from bitnet.mixture import is_mixture
 from bitnet.tokenizer import SPECS
 from bitnet.trainer_config import TrainerConfig, option
+from bitnet.yaml_file import load_yaml
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,7 @@ def _convert(kind: str, value: Any) -> Any:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options of a YAML file, checked. ConfigError naming file and key."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    values = load_yaml(Path(path))
     if values is None:
         return {}
     if not isinstance(values, dict):

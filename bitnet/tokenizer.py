@@ -24,6 +24,7 @@ from bitnet.formats import sentencepiece_file
 
 SPECS = ("bytes", "chars", "sentencepiece", "sentencepiece-unigram")
 OWN_FILE = "bitnet_tokenizer.json"
+FILES = (OWN_FILE, "tokenizer.json", "tokenizer.model")  # of which a folder has one; the first that is there counts
 SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
 
 
@@ -515,14 +516,19 @@ class _WindowStream:
         return text
 
 
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file by which load_tokenizer knows the tokenizer in a folder; None if there is none."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Tokenizer saved in a folder, or of one file ending in `.model` or `.json`. Raises DataError naming the path."""
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in (OWN_FILE, "tokenizer.json", "tokenizer.model") if (path / name).is_file()]
-        if not found:
+        found = tokenizer_file(path)
+        if found is None:
             raise DataError(f"{path} holds no {OWN_FILE}, tokenizer.json or tokenizer.model")
-        path = found[0]
+        path = found
     if not path.is_file():
         raise DataError(f"there is no tokenizer at {path}")
     if path.suffix == ".model":

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from one_at_a_time import Single
 
 from bitnet import _core
 from bitnet.errors import CheckpointError
@@ -120,18 +121,7 @@ def as_a_bar_does(ordered: Any) -> Any:
 
 
 def test_one_part_at_a_time_is_made(tmp_path: Path) -> None:
-    alive: list[int] = []
-
-    class Counted(bytearray):
-        def __init__(self) -> None:
-            super().__init__(64)
-            alive.append(1)
-            assert len(alive) == 1
-
-        def __del__(self) -> None:
-            alive.pop()
-
-    write(tmp_path / "x", {}, {}, [Part(f"{i}", (16,), lambda: Content("f32", Counted())) for i in range(5)])
+    write(tmp_path / "x", {}, {}, [Part(f"{i}", (16,), lambda: Content("f32", Single())) for i in range(5)])
     assert len(BitnetFile(tmp_path / "x").sections) == 5
 
 

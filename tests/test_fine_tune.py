@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from train_command import refused, run
 
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, cli, from_pretrained, ops
 from bitnet.chat_template import BitnetTemplate, JinjaTemplate, Message, PlainTemplate, Template
@@ -49,20 +50,6 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "other.txt"
     path.write_text(LINES[::-1])
     return path
-
-
-def run(*arguments: str | Path) -> int:
-    return cli.main(["train", *map(str, arguments)])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The sentence of a command that is refused."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def weights_of(folder: Path, step: int = 4) -> bytes:

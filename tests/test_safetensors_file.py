@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from one_at_a_time import Single
 
 from bitnet.errors import CheckpointError
 from bitnet.formats import safetensors_file
@@ -110,18 +111,7 @@ def test_a_tensor_out_of_place_is_copied(tmp_path: Path) -> None:
 
 
 def test_one_tensor_at_a_time_is_made(tmp_path: Path) -> None:
-    alive: list[int] = []
-
-    class Counted(bytearray):
-        def __init__(self) -> None:
-            super().__init__(64)
-            alive.append(1)
-            assert len(alive) == 1
-
-        def __del__(self) -> None:
-            alive.pop()
-
-    write_safetensors(tmp_path, [TensorPart(f"{i}", "F32", (16,), Counted) for i in range(5)])  # type: ignore[arg-type]
+    write_safetensors(tmp_path, [TensorPart(f"{i}", "F32", (16,), Single) for i in range(5)])  # type: ignore[arg-type]
     assert len(SafetensorsFolder(tmp_path).entries) == 5
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from train_command import refused, run
 
 from bitnet import cli, from_pretrained, plots, train
 from bitnet.config import BitNetConfig
@@ -31,21 +32,6 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "numbers.txt"
     path.write_text(LINES)
     return path
-
-
-def run(*arguments: str | Path) -> int:
-    return cli.main(["train", *map(str, arguments)])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The sentence of a command that is refused."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "Traceback" not in error
-    assert error.count("\n") == 1
-    return error
 
 
 def png_size(path: Path) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from bitnet.config import BitNetConfig
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.gguf_file import Value
 from bitnet.formats.gguf_names import ACTIVATIONS, SPELLINGS, SUB_NORMED
+from bitnet.formats.source import POSITIONS_MAX
 
 INTEGERS = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")
-POSITIONS_MAX = 1 << 20  # tables of sines are made for every position
 QUANTIZATION = 2  # general.quantization_version: of ggml's blocks since 2023
 # Factors on what this model computes, of which each must be that of a plain model.
 PLAIN = {"rope.scaling.factor": 1, "rope.scale_linear": 1, "expert_count": 0, "attention.clamp_kqv": 0,

@@ -22,12 +22,11 @@ from typing import Any
 
 from bitnet.config import BitNetConfig
 from bitnet.errors import CheckpointError
-from bitnet.formats.source import Reading
+from bitnet.formats.source import POSITIONS_MAX, Reading
 from bitnet.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 CONFIG_MAX = 64 << 20
-POSITIONS_MAX = 1 << 20
 SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # Fields of config.json that published checkpoints have; the others are this project's and have defaults.
 PUBLISHED = [*SHAPE, *"num_key_value_heads hidden_act max_position_embeddings rms_norm_eps rope_theta "

@@ -25,7 +25,7 @@ from bitnet.formats.hf_config import CONFIG, PROJECTIONS, HfConfig, hf_config, r
 from bitnet.formats.safetensors_file import SafetensorsFolder
 from bitnet.formats.source import Codes, Floats, Reading, Stored
 from bitnet.formats.weights import bf16_values, chunks
-from bitnet.tokenizer import OWN_FILE, Tokenizer, load_tokenizer
+from bitnet.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 Array = np.ndarray[Any, Any]
 FLOATS = ("F32", "F16", "BF16")
@@ -205,7 +205,7 @@ class HfSource:
         return scale
 
     def _tokenizer(self) -> Tokenizer | None:
-        if not any((self.path / name).is_file() for name in (OWN_FILE, "tokenizer.json", "tokenizer.model")):
+        if tokenizer_file(self.path) is None:
             return None
         try:
             return load_tokenizer(self.path)

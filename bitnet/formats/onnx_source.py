@@ -24,10 +24,9 @@ from bitnet.formats.onnx_graph import BFLOAT16, BITS, CONSTANT, FLOAT, INT2, INT
 from bitnet.formats.onnx_model import SCALE, turned, unpack_int2
 from bitnet.formats.protobuf import Value, fields, numbers
 from bitnet.formats.source import Codes, Floats, Stored
-from bitnet.tokenizer import OWN_FILE, Tokenizer, load_tokenizer
+from bitnet.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 Array = np.ndarray[Any, Any]
-TOKENIZER_FILES = (OWN_FILE, "tokenizer.json", "tokenizer.model")
 HIGHEST = 1 << 40  # of a dimension, an offset or a length
 # Numbers of the fields that are read, by message.
 GRAPH, METADATA, INITIALIZER, SPARSE = 7, 14, 5, 15
@@ -101,7 +100,7 @@ class OnnxSource:
 
     def _tokenizer(self) -> Tokenizer | None:
         folder = self.path.parent
-        if self.path.name != MODEL_FILE or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if self.path.name != MODEL_FILE or tokenizer_file(folder) is None:
             return None
         try:
             return load_tokenizer(folder)
