@@ -146,6 +146,9 @@ def compact_linear(x: Tensor, weight: Tensor, top: int = 0) -> Tensor:
 def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantized: bool = False) -> Tensor:
     """x (..., C), weight (C)."""
 
+def hadamard(x: Tensor) -> Tensor:
+    """x (..., C)."""
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
     """x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B)."""
 

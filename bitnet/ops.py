@@ -128,6 +128,17 @@ def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantize
     return _core.rmsnorm(x, weight, eps, quantized)
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of blocks of the last dimension: x (..., C), the same shape back.
+
+    A block has as many channels as the largest power of two that divides C: 384 are three blocks of 128, 6912 are 27 of
+    256, and an odd C stays as it is. It is its own inverse and its own derivative. One large channel becomes many of
+    the same size, which a rounding with one scale bears better.
+    Source: Wang et al. 2025, BitNet v2, arXiv 2504.18415.
+    """
+    return _core.hadamard(x)
+
+
 def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (positions, head_dim / 2): angle t * theta^(-2j / head_dim). Source: Su et al. 2021."""
     return _core.rope_tables(positions, head_dim, theta)

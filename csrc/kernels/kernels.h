@@ -468,6 +468,20 @@ typedef struct rmsnorm_backward_args {
     bool accumulate; /* dx */
 } rmsnorm_backward_args;
 
+/* y (+)= H x, the orthonormal Walsh-Hadamard transform of each block of n channels of a row, n = bn_hadamard_block(C).
+ * Stages h = 1, 2, 4 .. n / 2 in this order, each (a, b) -> (a + b, a - b) for elements h apart, element j of a block
+ * with bit h of j clear being a; then one multiplication by 1 / sqrtf(n), itself rounded to f32. Units: rows. */
+typedef struct hadamard_args {
+    const float *x;
+    float *y;
+    int64_t rows, C, n;
+    bool accumulate;
+} hadamard_args;
+/* The largest power of two that divides C > 0. */
+static inline int64_t bn_hadamard_block(int64_t C) { return C & -C; }
+/* A row is transformed in a thread's scratch. */
+#define BN_HADAMARD_MOST (BN_SCRATCH_BYTES / (int64_t)sizeof(float))
+
 /* Rotates pairs (j, j + D/2) of every head: y1 (+)= x1*cos - x2*sin, y2 (+)= x2*cos + x1*sin, each as
  * fma(x1, cos, -(x2 * sin)) and fma(x2, cos, x1 * sin); `inverse` negates sin (the derivative). Row (b, t) uses
  * position start[b] + t, start NULL meaning 0. cos, sin: (positions, D/2). Units: rows (b, t) of (B, T, heads, D). */

@@ -18,6 +18,8 @@ BN_CHECKED bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor *re
 BN_CHECKED bn_status bn_compact_linear(bn_tensor *x, bn_tensor *weight, int64_t top, bn_tensor **out);
 /* x (..., C), weight (C) or NULL; `quantized`: the result is q8. */
 BN_CHECKED bn_status bn_rmsnorm(bn_tensor *x, bn_tensor *weight, float eps, bool quantized, bn_tensor **out);
+/* x (..., C): the orthonormal transform of blocks of the largest power of two that divides C. */
+BN_CHECKED bn_status bn_hadamard(bn_tensor *x, bn_tensor **out);
 /* x (B, T, heads, D); cos, sin (positions, D/2); start i32 (B) or NULL: the position of t = 0. */
 BN_CHECKED bn_status bn_rope(bn_tensor *x, bn_tensor *cos, bn_tensor *sin, bn_tensor *start, bn_tensor **out);
 /* q (B, T, H, D); k, v (slots, S, KV, D), f32, bf16, or i8 with scales f32 (slots, S, KV) that are NULL otherwise;

@@ -477,6 +477,13 @@ static void test_bitlinear_forward(void) {
 
 /* ---- the transformer block ----------------------------------------------------------------------------------- */
 
+static void test_hadamard(void) {
+    FOR_EACH(C, 0, 1, 2, 12, 16, 24, 31, 48, 272, 320, 384, 1024) FOR_EACH(accumulate, 0, 1) {
+        LAUNCH(hadamard, 3, reals(3 * C), result(3 * C), 3, C, bn_hadamard_block(C), accumulate != 0);
+    }
+    LAUNCH(hadamard, 4, wild(4 * 80), result(4 * 80), 4, 80, 16, false);
+}
+
 static void test_rmsnorm_forward(void) {
     FOR_EACH_WIDTH(C) FOR_EACH(gain, 0, 1) {
         LAUNCH(rmsnorm_forward, 3, reals(3 * C), gain ? reals(C) : NULL, result(3 * C), result(3), 3, C, 1e-5f, {0});
