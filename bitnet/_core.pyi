@@ -137,8 +137,8 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in) -> (..., out)."""
 
-def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x (..., in), latent weight (out, in) -> (..., out)."""
+def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None, activation_bits: int = 8) -> Tensor:
+    """x (..., in), latent weight (out, in) -> (..., out); activation_bits 8 or 4."""
 
 def compact_linear(x: Tensor, weight: Tensor, top: int = 0) -> Tensor:
     """x (..., in), compact weight (out, in) -> (..., out)."""

@@ -110,14 +110,15 @@ def compact_linear(x: Tensor, weight: Tensor, top: int = 0) -> Tensor:
     return _core.compact_linear(x, weight, top)
 
 
-def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def bitlinear(x: Tensor, weight: Tensor, residual: Tensor | None = None, activation_bits: int = 8) -> Tensor:
     """Ternary linear map with straight-through gradients: x (..., in), latent weight (out, in) f32 -> (..., out).
 
     int8 activations times ternary codes in integer arithmetic; see csrc/ops/bitlinear.c. x may be q8. `residual`, of
-    the result's shape, is added on the way out, with the bits of a separate add.
+    the result's shape, is added on the way out, with the bits of a separate add. activation_bits 4: rows of x are
+    rounded to [-8, 7] with the scale max(|x|, 1e-5) / 7, and x is not q8; ValueError for other numbers.
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
-    return _core.bitlinear(x, weight, residual)
+    return _core.bitlinear(x, weight, residual, activation_bits)
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, quantized: bool = False) -> Tensor:

@@ -414,13 +414,14 @@ typedef struct ternarize_args {
     int64_t rows, cols;
 } ternarize_args;
 
-/* Per-row absmax int8: a = 127 / max(absmax, 1e-5); q = clamp(rint(x * a), -128, 127);
- * act_scale = max(absmax, 1e-5) / 127; row_sum = sum of q. If any element is NaN or infinite,
- * act_scale is NaN and q is 0 for that row. Units: rows. */
+/* Per-row absmax, most = 127 (bits 8) or 7 (bits 4): a = most / max(absmax, 1e-5); q = clamp(rint(x * a), -most - 1,
+ * most), one int8 each in either case; act_scale = max(absmax, 1e-5) / most; row_sum = sum of q. If any element is NaN
+ * or infinite, act_scale is NaN and q is 0 for that row. Units: rows. */
 typedef struct quantize_rows_args {
     const float *x;
     bn_int8_rows out;
     int64_t rows, cols;
+    int bits;
 } quantize_rows_args;
 
 /* y = q * act_scale. Units: rows. */

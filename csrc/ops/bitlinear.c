@@ -3,6 +3,7 @@
  * W (out, in):
  *     code = clamp(round(W / mean|W|), -1, 1)        weight_scale = mean|W|           one for the matrix
  *     q    = clamp(round(x * 127 / max|x|))          act_scale    = max|x| / 127      one a row (token)
+ *            in 4 bits: 7 for 127, in [-8, 7]
  *     y    = (q . code) * (act_scale * weight_scale)                                  the dot product in integers
  * Backward, straight through both roundings: dx = dy . (code * weight_scale), dW = dy^T . (q * act_scale).
  * The rounding rules are in quant/ternary.h, the products in projection.c. The codes of W are made again when W's
@@ -11,3 +12,10 @@
 #define MAP bitlinear
 #define MAP_TERNARY true
 #include "ops/linear_map.inc"
+
+bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, int activation_bits, bn_tensor **out) {
+    if (activation_bits != 8 && activation_bits != 4) {
+        return bn_fail(BN_ERR_VALUE, "bitlinear: activation_bits is %d; it is 8 or 4", activation_bits);
+    }
+    return linear_map(x, weight, residual, activation_bits, out);
+}

@@ -24,7 +24,7 @@ typedef struct loss_params {
 
 /* inputs: x, weight, targets */
 static bn_projection projection_of(bn_node *n) {
-    return (bn_projection){n->inputs[0], n->inputs[1], bn_node_params(n, loss_params)->ternary};
+    return (bn_projection){n->inputs[0], n->inputs[1], bn_node_params(n, loss_params)->ternary, 8};
 }
 
 static int64_t chunk_rows(const bn_projection *p) {
@@ -145,7 +145,7 @@ static bn_status backward(bn_node *n) {
 const bn_op bn_op_cross_entropy = {"cross_entropy", forward, backward};
 
 bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, bool ternary, bn_tensor **out) {
-    BN_TRY(bn_projection_check("cross_entropy", &(bn_projection){x, weight, ternary}));
+    BN_TRY(bn_projection_check("cross_entropy", &(bn_projection){x, weight, ternary, 8}));
     BN_TRY(bn_require_dtype("cross_entropy", "targets", targets, BN_I32));
     if (targets->count != bn_row_count(x)) {
         bn_shape_text a, b;

@@ -12,7 +12,9 @@ BN_CHECKED bn_status bn_embedding(bn_tensor *tokens, bn_tensor *weight, bn_tenso
 /* x (..., in), weight (out, in) -> (..., out), plus residual of the result's shape if it is not NULL. A bitlinear also
  * takes an x that exists in its int8 form only (q8); a linear without gradient a weight in bf16. */
 BN_CHECKED bn_status bn_linear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, bn_tensor **out);
-BN_CHECKED bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, bn_tensor **out);
+/* activation_bits: 8 or 4, of what x is rounded to; a q8 x is in 8. */
+BN_CHECKED bn_status bn_bitlinear(bn_tensor *x, bn_tensor *weight, bn_tensor *residual, int activation_bits,
+                                  bn_tensor **out);
 /* x (..., in), weight compact (out, in) -> (..., out), forward only. top > 0: exact, but -infinity where it cannot be
  * among the `top` largest. */
 BN_CHECKED bn_status bn_compact_linear(bn_tensor *x, bn_tensor *weight, int64_t top, bn_tensor **out);

@@ -17,6 +17,9 @@ bn_status bn_projection_check(const char *op, const bn_projection *p) {
     const bn_tensor *x = p->x, *weight = p->weight;
     if (!p->ternary || x->dtype != BN_Q8) {
         BN_TRY(bn_require_dtype(op, "x", x, BN_F32));
+    } else if (x->quantized->bits != p->activation_bits) {
+        return bn_fail(BN_ERR_VALUE, "%s: x is q8, rounded to %d bits already, and activation_bits is %d", op,
+                       x->quantized->bits, p->activation_bits);
     }
     if (weight->dtype != (p->ternary ? BN_PREPARED : BN_BF16)) {
         BN_TRY(bn_require_dtype(op, "weight", weight, BN_F32));
@@ -33,17 +36,18 @@ bn_status bn_projection_check(const char *op, const bn_projection *p) {
     return BN_OK;
 }
 
-/* The quantization of an activation as a node: input x, output its q. */
-static bn_status quantize_forward(bn_node *n) { return bn_quantized_fill(n->inputs[0]); }
+/* The quantization of an activation as a node: input x, output its q, params the bits. */
+static bn_status quantize_forward(bn_node *n) { return bn_quantized_fill(n->inputs[0], *bn_node_params(n, int)); }
 
 static const bn_op op_quantize = {"quantize", quantize_forward, NULL};
 
-static bn_status quantize(bn_tensor *x) {
-    if (bn_quantized_is_fresh(x) && bn_tape_makes(x->quantized->q)) {
+static bn_status quantize(bn_tensor *x, int bits) {
+    if (bn_quantized_is_fresh(x, bits) && bn_tape_makes(x->quantized->q)) {
         return BN_OK;
     }
     BN_TRY(bn_quantized_make(x));
     bn_node n = {.op = &op_quantize, .inputs = {x}, .output = bn_tensor_retain(x->quantized->q)};
+    *bn_node_params(&n, int) = bits;
     bn_tensor *q;
     BN_TRY(bn_tape_run(&n, &q));
     bn_tensor_release(q);
@@ -51,7 +55,7 @@ static bn_status quantize(bn_tensor *x) {
 }
 
 bn_status bn_projection_prepare(const bn_projection *p) {
-    return p->ternary && p->x->dtype != BN_Q8 ? quantize(p->x) : BN_OK;
+    return p->ternary && p->x->dtype != BN_Q8 ? quantize(p->x, p->activation_bits) : BN_OK;
 }
 
 /* The integer product of both directions: int8 rows by ternary codes, in panels with `in` and `out` of the product. */
@@ -312,6 +316,10 @@ bn_status bn_projection_unchanged(const char *op, const bn_projection *p, bn_pro
     if (now.x != then.x || now.weight != then.weight) {
         return bn_fail(BN_ERR_STATE, "backward: the %s of a %s was changed between its forward and its backward pass",
                        now.x != then.x ? "input" : "weight", op);
+    }
+    if (p->ternary && p->x->quantized->bits != p->activation_bits) {
+        return bn_fail(BN_ERR_STATE, "backward: the input of a %s in %d bits was rounded to %d after its forward pass",
+                       op, p->activation_bits, p->x->quantized->bits);
     }
     return BN_OK;
 }

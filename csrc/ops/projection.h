@@ -11,6 +11,7 @@ typedef struct bn_projection {
     bn_tensor *x;      /* (..., in), f32; ternary: x->quantized is filled, and may be all there is (q8) */
     bn_tensor *weight; /* (out, in), latent f32; ternary: weight->ternary is fresh */
     bool ternary;
+    int activation_bits; /* ternary: of what x is rounded to, 8 or 4 */
 } bn_projection;
 
 /* Where a gradient goes; memory NULL: nowhere. */

@@ -36,7 +36,7 @@ static bn_status time_runs(bn_product product, const bn_projection *p, const bn_
     if (p->ternary) {
         BN_TRY(bn_ternary_refresh(p->weight));
         BN_TRY(bn_quantized_make(p->x));
-        BN_TRY(bn_quantized_fill(p->x));
+        BN_TRY(bn_quantized_fill(p->x, p->activation_bits));
     }
     BN_TRY(run(product, p, bn_f32(dy), bn_f32(result)));
     for (int i = 0; i < repeats; i++) {
@@ -51,7 +51,7 @@ bn_status bn_time_product(bn_product product, bool ternary, int64_t rows, int64_
                           double *seconds) {
     const int64_t shapes[BN_PRODUCTS][2] = {{rows, out}, {rows, in}, {out, in}};
     bn_tensor *dy = NULL, *result = NULL;
-    bn_projection p = {.ternary = ternary};
+    bn_projection p = {.ternary = ternary, .activation_bits = 8};
     bn_status status = random_matrix(rows, in, 0, &p.x);
     status = status != BN_OK ? status : random_matrix(out, in, 1, &p.weight);
     status = status != BN_OK ? status : random_matrix(rows, out, 2, &dy);

@@ -64,14 +64,18 @@ BINARY(embedding, "tokens", "weight")
 BINARY(mul, "a", "b")
 BINARY(matmul, "a", "b")
 
-#define LINEAR_MAP(op)                                                                                                 \
-    static PyObject *op_##op(PyObject *module, PyObject *args, PyObject *kwargs) {                                     \
-        static char *names[] = {"x", "weight", "residual", NULL};                                                      \
-        PARSE("OO|O:" #op, 2, 3, &o[0], &o[1], &o[2]);                                                                 \
-        RUN(module, bn_##op(t[0], t[1], t[2], &result));                                                               \
-    }
-LINEAR_MAP(linear)
-LINEAR_MAP(bitlinear)
+static PyObject *op_linear(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"x", "weight", "residual", NULL};
+    PARSE("OO|O:linear", 2, 3, &o[0], &o[1], &o[2]);
+    RUN(module, bn_linear(t[0], t[1], t[2], &result));
+}
+
+static PyObject *op_bitlinear(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"x", "weight", "residual", "activation_bits", NULL};
+    int activation_bits = 8;
+    PARSE("OO|Oi:bitlinear", 2, 3, &o[0], &o[1], &o[2], &activation_bits);
+    RUN(module, bn_bitlinear(t[0], t[1], t[2], activation_bits, &result));
+}
 
 static PyObject *op_compact_linear(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"x", "weight", "top", NULL};

@@ -21,7 +21,8 @@ int8_t bn_ternary_code(float w, float weight_scale) {
     return (int8_t)fminf(fmaxf(rounded, -1.0f), 1.0f);
 }
 
-float bn_int8_row(const float *x, int64_t n, int8_t *q) {
+float bn_int8_row(const float *x, int64_t n, int bits, int8_t *q) {
+    float most = bn_activation_most(bits);
     float absmax = BN_QUANT_EPS;
     for (int64_t i = 0; i < n; i++) {
         if (!isfinite(x[i])) {
@@ -30,11 +31,11 @@ float bn_int8_row(const float *x, int64_t n, int8_t *q) {
         }
         absmax = fmaxf(absmax, fabsf(x[i]));
     }
-    float to_int8 = BN_INT8_MAX / absmax;
+    float to_int8 = most / absmax;
     for (int64_t i = 0; i < n; i++) {
-        q[i] = (int8_t)fminf(fmaxf(rintf(x[i] * to_int8), BN_INT8_MIN), BN_INT8_MAX);
+        q[i] = (int8_t)fminf(fmaxf(rintf(x[i] * to_int8), -most - 1.0f), most);
     }
-    return absmax / BN_INT8_MAX;
+    return absmax / most;
 }
 
 size_t bn_ternary_packed_bytes(int64_t n) { return ((size_t)n + BN_CODES_PER_BYTE - 1) / BN_CODES_PER_BYTE; }

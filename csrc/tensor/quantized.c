@@ -47,8 +47,10 @@ bn_status bn_quantized_new(const char *op, const bn_backend *backend, int ndim, 
     bn_status status = bn_quantized_make(*out);
     if (status != BN_OK) {
         bn_tensor_release(*out);
+        return status;
     }
-    return status;
+    (*out)->quantized->bits = 8;
+    return BN_OK;
 }
 
 bn_int8_rows bn_quantized_rows(const bn_tensor *x) {
@@ -58,14 +60,15 @@ bn_int8_rows bn_quantized_rows(const bn_tensor *x) {
 
 void bn_quantized_written(bn_tensor *x) { x->quantized->version = bn_storage_version(x->storage); }
 
-bn_status bn_quantized_fill(bn_tensor *x) {
+bn_status bn_quantized_fill(bn_tensor *x, int bits) {
     const quantize_rows_args args = {
-        .x = bn_f32(x), .out = bn_quantized_rows(x), .rows = bn_row_count(x), .cols = bn_last_dim(x)};
+        .x = bn_f32(x), .out = bn_quantized_rows(x), .rows = bn_row_count(x), .cols = bn_last_dim(x), .bits = bits};
+    x->quantized->bits = bits;
     bn_quantized_written(x);
     return bn_run_quantize_rows(bn_backend_of(x), &args, args.rows, 16);
 }
 
-bool bn_quantized_is_fresh(const bn_tensor *x) {
-    return x->quantized != NULL && x->quantized->version == bn_storage_version(x->storage) &&
-           !bn_storage_is_exported(x->storage);
+bool bn_quantized_is_fresh(const bn_tensor *x, int bits) {
+    return x->quantized != NULL && x->quantized->bits == bits &&
+           x->quantized->version == bn_storage_version(x->storage) && !bn_storage_is_exported(x->storage);
 }

@@ -449,7 +449,7 @@ static void test_quantize_rows(void) {
     FOR_EACH(cols, 1, 15, 16, 17, 63, 64, 65) FOR_EACH(kind, 0, 1) {
         float *x = kind ? wild(5 * cols) : reals(5 * cols);
         memset(x, 0, size_of(cols, sizeof *x)); /* a row of zeros */
-        LAUNCH(quantize_rows, 5, x, int8_result(5, cols), 5, cols);
+        LAUNCH(quantize_rows, 5, x, int8_result(5, cols), 5, cols, 8);
     }
 }
 

@@ -93,8 +93,10 @@ static void test_contract(void) {
     }
     const float row[] = {-2.0f, 1.0f, 0.0f, 0.0236f};
     int8_t q[4];
-    by_hand(bn_int8_row(row, 4, q) == 2.0f / 127.0f, "act_scale", 4);
+    by_hand(bn_int8_row(row, 4, 8, q) == 2.0f / 127.0f, "act_scale", 4);
     by_hand(q[0] == -127 && q[1] == 64 && q[2] == 0 && q[3] == 1, "int8 row, 63.5 to even", 4);
+    by_hand(bn_int8_row(row, 4, 4, q) == 2.0f / 7.0f, "act_scale of 4 bits", 4);
+    by_hand(q[0] == -7 && q[1] == 4 && q[2] == 0 && q[3] == 0, "4-bit row, 3.5 to even", 4);
     for (int n = 0; n <= 17; n++) {
         int8_t codes[17], back[17];
         uint8_t packed[5];
@@ -538,7 +540,7 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
 
 /* ---- quantize_rows ----------------------------------------------------------------------------------------------- */
 
-static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
+static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare, int bits) {
     const int64_t stride = bn_round_up(cols, BN_QUANT_PAD) + spare;
     float *x = fenced(rows * cols * 4), *act_scale = fenced(rows * 4);
     const int64_t bytes = bn_round_up(rows, BN_QUANT_ROWS) * stride;
@@ -554,7 +556,7 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
         }
     }
     for (int t = 0; t < table_count; t++) {
-        const quantize_rows_args a = {x, {q, act_scale, row_sum, stride}, rows, cols};
+        const quantize_rows_args a = {x, {q, act_scale, row_sum, stride}, rows, cols, bits};
         if (tables[t]->quantize_rows == NULL) {
             continue;
         }
@@ -562,7 +564,7 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
         bool ok = intact(q, bytes) && intact(act_scale, rows * 4) && intact(row_sum, rows * 4);
         for (int64_t r = 0; r < rows; r++) {
             memset(expected, 0, (size_t)stride);
-            const float scale = bn_int8_row(x + r * cols, cols, expected);
+            const float scale = bn_int8_row(x + r * cols, cols, bits, expected);
             int32_t sum = 0;
             for (int64_t c = 0; c < cols; c++) {
                 sum += expected[c];
@@ -572,7 +574,7 @@ static void test_quantize_shape(int64_t rows, int64_t cols, int64_t spare) {
                 ok = ok && expected[c] == q[bn_quantized_at(r, c, stride)];
             }
         }
-        expect(ok, "quantize_rows", tables[t]->isa, rows, cols, 0, (int)spare);
+        expect(ok, "quantize_rows", tables[t]->isa, rows, cols, bits, (int)spare);
     }
     void *all[] = {x, act_scale, q, expected, row_sum};
     for (int i = 0; i < 5; i++) {
@@ -590,11 +592,12 @@ static void test_quantizers(void) {
     done("ternarize: codes, panels, tally");
     for (int i = 0; i < 6; i++) {
         for (int j = 0; j < 10; j++) {
-            test_quantize_shape(rows[i], cols[j], 64 * (j % 2));
+            test_quantize_shape(rows[i], cols[j], 64 * (j % 2), 8);
+            test_quantize_shape(rows[i], cols[j], 64 * (j % 2), 4);
         }
     }
-    test_quantize_shape(2, 0, 0);
-    test_quantize_shape(7, 9000, 0); /* several blocks of the exact sum */
+    test_quantize_shape(2, 0, 0, 8);
+    test_quantize_shape(7, 9000, 0, 8); /* several blocks of the exact sum */
     done("quantize_rows: codes, scales, sums, padding");
 }
 
@@ -618,7 +621,7 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
         x[2 * k] = NAN; /* its row of y is NaN, and no other */
     }
     const float scale = bn_absmean_scale(w, n * k);
-    const quantize_rows_args qa = {x, {q, act_scale, row_sum, stride}, m, k};
+    const quantize_rows_args qa = {x, {q, act_scale, row_sum, stride}, m, k, 8};
     const ternarize_args ta = {w, &scale, panels, turned, tally, n, k};
     tables[0]->quantize_rows(&qa, 0, m, scratch);
     tables[0]->ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
