@@ -50,7 +50,7 @@ class RandomFactory(Factory):
         fifths = np.random.default_rng(self.seed).integers(0, 243, -(-out_features * in_features // 5), np.uint8)
         scale = self.config.initializer_range
         weight = _core.prepare_fifths(fifths, out_features, in_features, scale, self.layout)
-        return nn.BitLinear(in_features, out_features, weight=weight)
+        return nn.BitLinear(in_features, out_features, weight=weight, activation_bits=self.config.activation_bits)
 
 
 def step_bytes(model: BitNetForCausalLM, batch: int, length: float, cache_dtype: str = "f32") -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bitnet.errors import ConfigError
+
+# Fields that are written only where they are not at their default: files of models without them stay as they are.
+WRITTEN_WHERE_SET = ("hadamard", "activation_bits")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class BitNetConfig:
     input_norms: bool = True  # RMSNorm before attention and feed-forward
     sub_norms: bool = True  # RMSNorm before o_proj and down_proj
     use_rms_norm: bool = False  # RMSNorm without gain inside every projection, before its quantization
+    hadamard: bool = False  # o_proj and down_proj read ops.hadamard of what the norms before them give
+    activation_bits: int = 8  # or 4: what every ternary *_proj rounds its input to; a ternary head keeps 8
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -56,6 +61,10 @@ class BitNetConfig:
         for name, allowed in {"hidden_act": ("silu", "relu2"), "linear": ("bitlinear", "linear")}.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if not isinstance(self.activation_bits, int) or self.activation_bits not in (8, 4):
+            raise ConfigError(f"activation_bits must be 8 or 4, not {self.activation_bits!r}")
+        if not isinstance(self.hadamard, bool):
+            raise ConfigError(f"hadamard must be true or false, not {self.hadamard!r}")
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +76,11 @@ class BitNetConfig:
         """Key/value heads."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, as files hold them: those of WRITTEN_WHERE_SET only where they are set."""
+        off = {f.name for f in fields(self) if f.name in WRITTEN_WHERE_SET and getattr(self, f.name) == f.default}
+        return {name: value for name, value in asdict(self).items() if name not in off}
 
     @staticmethod
     def preset(name: str, **changes: Any) -> BitNetConfig:

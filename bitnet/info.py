@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitnet.command import exit_status
+from bitnet.config import WRITTEN_WHERE_SET
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.bitnet_file import TERNARY, VERSION, BitnetFile, Section
 from bitnet.nn import TernaryStats
@@ -149,7 +150,8 @@ def report(file: BitnetFile, found: dict[str, Any]) -> str:
     if "entropy" in ternary:
         lines.append(f"all ternary layers: entropy {ternary['entropy']:.4f} (log2(3) = {math.log2(3):.4f}), "
                      f"zeros {ternary['zero_share']:.3f}")  # fmt: skip
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    shape += [name for name in WRITTEN_WHERE_SET if name in found["config"]]
     lines.append("config: " + ", ".join(f"{name} {found['config'].get(name)}" for name in shape))
     kind = "none" if tokenizer is None else f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} ids"
     lines.append(f"tokenizer: {kind}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class LoRALinear(nn.BitLinear):
     """
 
     def __init__(self, base: nn.BitLinear, rank: int, alpha: float, seed: int | None = None, name: str = "") -> None:
-        super().__init__(base.in_features, base.out_features, weight=base.weight)
+        super().__init__(base.in_features, base.out_features, weight=base.weight, activation_bits=base.activation_bits)
         self.bias = base.bias
         self.factor = alpha / rank
         a = nn.normal((rank, base.in_features), base.in_features**-0.5, seed, f"{name}.lora_A.weight" if name else None)
@@ -214,7 +214,7 @@ def fingerprint(model: BitNetForCausalLM) -> str:
 
     The same packed or not; embedding and head, which may be rounded, take no part.
     """
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(model.config.as_dict(), sort_keys=True).encode())
     for path, module in model.named_modules():
         if isinstance(module, nn.BitLinear):
             # detach(): the codes that quantizing keeps beside a weight go with this window.

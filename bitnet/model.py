@@ -3,8 +3,9 @@
     x = x + o_proj(sub_norm(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h))))     h = input_layernorm(x)
     x = x + down_proj(sub_norm(act(gate_proj(h)) * up_proj(h)))                          h = post_attention_layernorm(x)
 
-Every *_proj is a BitLinear, or a Linear in the full-precision twin. Shapes: B batch, T time, C hidden_size, H heads,
-KV key/value heads, D head size, F intermediate_size, V vocabulary.
+Every *_proj is a BitLinear, or a Linear in the full-precision twin. With config.hadamard, o_proj and down_proj read the
+Hadamard transform of what stands here (Wang et al. 2025, BitNet v2, arXiv 2504.18415). Shapes: B batch, T time, C
+hidden_size, H heads, KV key/value heads, D head size, F intermediate_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Factory:
 
     def projection(self, name: str, in_features: int, out_features: int) -> nn.Linear:
         """A ternary layer, or a plain one in the twin."""
-        layer = nn.BitLinear if self.config.linear == "bitlinear" else nn.Linear
-        return layer(in_features, out_features, weight=self.matrix(name, out_features, in_features))
+        weight = self.matrix(name, out_features, in_features)
+        if self.config.linear == "linear":
+            return nn.Linear(in_features, out_features, weight=weight)
+        return nn.BitLinear(in_features, out_features, weight=weight, activation_bits=self.config.activation_bits)
 
     def norm(self, wanted: bool, size: int) -> nn.RMSNorm | None:
         """A norm where the config places one."""
@@ -54,15 +57,20 @@ class Rope:
         return ops.rope(x, self.cos, self.sin, start)
 
 
-def projection_input(config: BitNetConfig, norm: nn.RMSNorm | None, x: Tensor, *readers: nn.Linear) -> Tensor:
-    """x as the projections that share it read it: after `norm`, and the norm without gain inside them (use_rms_norm).
+def projection_input(
+    config: BitNetConfig, norm: nn.RMSNorm | None, x: Tensor, *readers: nn.Linear, hadamard: bool = False
+) -> Tensor:
+    """x as the projections that share it read it: after `norm`, the norm without gain inside them (use_rms_norm), and
+    with `hadamard` the transform.
 
-    The last norm before ternary projections goes straight to int8: nothing else reads its result.
+    The last norm before ternary projections goes straight to int8 if nothing else reads its result.
     """
-    quantized = all(layer.reads_int8 for layer in readers)
+    quantized = not hadamard and all(layer.reads_int8 for layer in readers)
     if norm is not None:
         x = norm(x, quantized=quantized and not config.use_rms_norm)
-    return ops.rmsnorm(x, None, config.rms_norm_eps, quantized) if config.use_rms_norm else x
+    if config.use_rms_norm:
+        x = ops.rmsnorm(x, None, config.rms_norm_eps, quantized)
+    return ops.hadamard(x) if hadamard else x
 
 
 class Attention(nn.Module):
@@ -81,7 +89,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, rope: Rope, cache: CacheStep | None, layer: int) -> Tensor:
         """x, residual (B, T, C) -> residual plus attention over x."""
         batch, time, _ = x.shape
-        d = self.config.head_dim
+        c, d = self.config, self.config.head_dim
         q = self.q_proj(x).reshape(batch, time, -1, d)
         k = self.k_proj(x).reshape(batch, time, -1, d)
         v = self.v_proj(x).reshape(batch, time, -1, d)
@@ -89,7 +97,8 @@ class Attention(nn.Module):
         q, k = rope(q, start), rope(k, start)
         out = ops.attention(q, k, v) if cache is None else cache.attention(layer, q, k, v)
         out = out.reshape(batch, time, -1)
-        return self.o_proj(projection_input(self.config, self.attn_sub_norm, out, self.o_proj), residual)
+        out = projection_input(c, self.attn_sub_norm, out, self.o_proj, hadamard=c.hadamard)
+        return self.o_proj(out, residual)
 
 
 class FeedForward(nn.Module):
@@ -107,9 +116,10 @@ class FeedForward(nn.Module):
         """x, residual (B, T, C) -> residual plus the feed-forward layer of x."""
         c = self.config
         gate = ops.relu2 if c.hidden_act == "relu2" else ops.swiglu
-        last = self.ffn_sub_norm is None and not c.use_rms_norm  # before down_proj
+        last = self.ffn_sub_norm is None and not c.use_rms_norm and not c.hadamard  # before down_proj
         hidden = gate(self.gate_proj(x), self.up_proj(x), quantized=last and self.down_proj.reads_int8)
-        return self.down_proj(projection_input(c, self.ffn_sub_norm, hidden, self.down_proj), residual)
+        hidden = projection_input(c, self.ffn_sub_norm, hidden, self.down_proj, hadamard=c.hadamard)
+        return self.down_proj(hidden, residual)
 
 
 class Block(nn.Module):

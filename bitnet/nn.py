@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,11 +242,12 @@ class Linear(Module):
         self.weight: Tensor = normal((out_features, in_features), in_features**-0.5) if weight is None else weight
         self.bias = Parameter(ops.zeros((out_features,))) if bias else None
 
-    _map: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(ops.linear)
+    def _map(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, residual)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., in_features) -> (..., out_features), plus residual."""
-        y = self._map(x, self.weight, residual)
+        y = self._map(x, residual)
         return y if self.bias is None else ops.add(y, self.bias)
 
     @property
@@ -265,12 +266,24 @@ class Linear(Module):
 class BitLinear(Linear):
     """A Linear with ternary weights and int8 activations: a drop-in that trains by straight-through gradients.
 
-    `weight` is the latent f32 matrix; its codes are clamp(round(weight / mean|weight|), -1, 1).
+    `weight` is the latent f32 matrix; its codes are clamp(round(weight / mean|weight|), -1, 1). activation_bits 4: each
+    row of x is rounded to [-8, 7] instead of int8; ValueError for anything but 8 and 4.
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
 
     ternary_share = 1.0  # below 1, the result is a blend with that of a Linear with the latent weight: bitnet/ramp.py
-    _map = staticmethod(ops.bitlinear)
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, weight: Tensor | None = None,
+        activation_bits: int = 8,
+    ) -> None:  # fmt: skip
+        if activation_bits not in (8, 4):
+            raise ValueError(f"{type(self).__name__}: activation_bits is {activation_bits}; it is 8 or 4")
+        super().__init__(in_features, out_features, bias, weight)
+        self.activation_bits = activation_bits
+
+    def _map(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.bitlinear(x, self.weight, residual, self.activation_bits)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., in_features) -> (..., out_features), plus residual."""
@@ -279,14 +292,17 @@ class BitLinear(Linear):
             return super().forward(x, residual)
         y = ops.linear(x, self.weight)
         if share > 0.0:
-            y = _core.add(y, ops.bitlinear(x, self.weight), 1.0 - share, share)
+            y = _core.add(y, self._map(x), 1.0 - share, share)
         y = y if self.bias is None else ops.add(y, self.bias)
         return y if residual is None else ops.add(y, residual)
 
     @property
     def reads_int8(self) -> bool:
-        """Whether all it needs of x is the int8 form (q8)."""
-        return self.ternary_share == 1.0
+        """Whether all it needs of x is the int8 form (q8), which norms and gates make in 8 bits."""
+        return self.ternary_share == 1.0 and self.activation_bits == 8
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", 4-bit activations" if self.activation_bits == 4 else "")
 
     def ternary_stats(self) -> TernaryStats:
         """Counts of the present codes."""

@@ -45,6 +45,9 @@ VARIANTS = {
     "quantized_head": {"quantize_head": True, "tie_word_embeddings": False},
     "norms_inside": {"input_norms": False, "sub_norms": False, "use_rms_norm": True},
     "twin": {"linear": "linear", "tie_word_embeddings": False},
+    "hadamard-4_bits": {"hadamard": True, "activation_bits": 4},
+    "hadamard-norms_inside": {"hadamard": True, "use_rms_norm": True, "sub_norms": False},
+    "hadamard-twin": {"linear": "linear", "hadamard": True},
 }
 
 

@@ -37,7 +37,7 @@ from bitnet.formats.gguf_file import Part, Value, write
 from bitnet.formats.gguf_names import gguf_name, interleaved, is_projection, is_rotated, scale_name
 from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q8_0, TERNARY, TQ1_0, TQ2_0, TensorType
 from bitnet.formats.source import Progress
-from bitnet.formats.weights import codes_of, floats_of, model_weights, refuse_adapters
+from bitnet.formats.weights import codes_of, floats_of, model_weights, refuse_adapters, refuse_levers
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -150,6 +150,7 @@ def _arch(config: BitNetConfig, flavour: str) -> str:
 
 def _refuse_shape(config: BitNetConfig, flavour: str) -> None:
     """What no program's graph has, or not that of this flavour."""
+    refuse_levers(config)
     for name, wanted in {"quantize_head": False, "use_rms_norm": False, "input_norms": True}.items():
         if getattr(config, name) != wanted:
             raise ConfigError(

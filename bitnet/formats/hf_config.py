@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ def _spares(pattern: str, name: str) -> bool:
 
 def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """config.json of this project's own checkpoints: the fields of published ones, and the project's."""
-    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **asdict(config)}
+    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **config.as_dict()}
     out |= {"use_cache": True, "torch_dtype": "float32"} | _document_ends(tokenizer)
     if config.linear == "bitlinear":
         out["quantization_config"] = _quantization_json(config, "autobitlinear", "online")

@@ -29,7 +29,16 @@ from bitnet.formats.hf_source import INNER_NORM, SCALE, pack_rows
 from bitnet.formats.hf_tokenizer import save_hf_tokenizer
 from bitnet.formats.safetensors_file import SHARD_BYTES, TensorPart, write_safetensors
 from bitnet.formats.source import Progress
-from bitnet.formats.weights import bf16_bits, bf16_of, codes_of, floats_of, is_bf16, model_weights, refuse_adapters
+from bitnet.formats.weights import (
+    bf16_bits,
+    bf16_of,
+    codes_of,
+    floats_of,
+    is_bf16,
+    model_weights,
+    refuse_adapters,
+    refuse_levers,
+)
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -75,6 +84,7 @@ def save_hf(
 def _check(model: BitNetForCausalLM, packed: bool, linear_class: str, dtype: str | None) -> None:
     """Refuses what cannot be written, or what transformers could not run."""
     refuse_adapters(model)
+    refuse_levers(model.config)
     c = model.config
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

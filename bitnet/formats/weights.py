@@ -9,6 +9,7 @@ import numpy as np
 
 from bitnet import _core, nn, ops
 from bitnet._core import Tensor
+from bitnet.config import BitNetConfig
 from bitnet.errors import ConfigError
 from bitnet.formats.source import Codes
 from bitnet.model import BitNetForCausalLM
@@ -24,6 +25,16 @@ def refuse_adapters(model: BitNetForCausalLM) -> None:
             "adapters cannot be packed into their model: code * scale + B A has more than three values; write the "
             "base, and generate with --lora"
         )
+
+
+def refuse_levers(config: BitNetConfig) -> None:
+    """ConfigError for what no other program's graph computes: the transform, and ternary layers that read 4 bits."""
+    if config.hadamard:
+        raise ConfigError("hadamard is True, and no other program transforms the inputs of o_proj and down_proj; a "
+                          ".bitnet file keeps it")  # fmt: skip
+    if config.activation_bits != 8 and config.linear == "bitlinear":
+        raise ConfigError(f"activation_bits is {config.activation_bits}, and other programs round the inputs of "
+                          "ternary layers to 8 bits; a .bitnet file keeps it")  # fmt: skip
 
 
 def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:

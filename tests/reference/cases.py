@@ -121,3 +121,5 @@ def all_cases() -> Iterator[Case]:
         targets = rng.integers(0, vocab, lead).astype(np.int32)
         targets.reshape(-1)[1::4] = -100
         yield Case("cross_entropy", (normal(*lead, inner), normal(vocab, inner), targets), inner + vocab, (0, 1))
+    for shape in ((1,), (3, 5), (2, 3, 12), (5, 16), (1, 48), (3, 320), (2, 512)):
+        yield Case("hadamard", (normal(*shape),), shape[-1] & -shape[-1])

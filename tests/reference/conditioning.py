@@ -50,11 +50,11 @@ class TieDistance:
     def __exit__(self, *exception: object) -> None:
         FakeQuantInput.forward = staticmethod(self.original)  # type: ignore[method-assign]
 
-    def measured(self, ctx: Any, x: Tensor) -> Tensor:
-        scaled = x * (127.0 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5))
+    def measured(self, ctx: Any, x: Tensor, most: float = 127.0) -> Tensor:
+        scaled = x * (most / x.abs().amax(-1, keepdim=True).clamp(min=1e-5))
         distance = (scaled - scaled.floor() - 0.5).abs().amin(-1)
         self.least = distance if self.least is None else torch.minimum(self.least, distance)
-        return self.original(ctx, x)
+        return self.original(ctx, x, most)
 
 
 @torch.no_grad()

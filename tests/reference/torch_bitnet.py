@@ -30,24 +30,25 @@ class FakeQuantWeight(torch.autograd.Function):
 
 
 class FakeQuantInput(torch.autograd.Function):
-    """x -> q / a per row, a = 127 / absmax; the gradient passes straight through."""
+    """x -> q / a per row, a = most / absmax, most 127 or 7; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        a = 127.0 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        return (x * a).round().clamp(-128, 127) / a
+    def forward(ctx: Any, x: Tensor, most: float = 127.0) -> Tensor:
+        a = most / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        return (x * a).round().clamp(-most - 1, most) / a
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
 
 
 class BitLinear(nn.Linear):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, bits: int = 8) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.most = 2.0 ** (bits - 1) - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(FakeQuantInput.apply(x), FakeQuantWeight.apply(self.weight))
+        return F.linear(FakeQuantInput.apply(x, self.most), FakeQuantWeight.apply(self.weight))
 
 
 class RMSNorm(nn.Module):
@@ -69,7 +70,24 @@ def inner_norm(config: Any, x: Tensor) -> Tensor:
 
 
 def projection(config: Any, inputs: int, outputs: int) -> nn.Linear:
-    return BitLinear(inputs, outputs) if config.linear == "bitlinear" else nn.Linear(inputs, outputs, bias=False)
+    if config.linear == "bitlinear":
+        return BitLinear(inputs, outputs, config.activation_bits)
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Blocks of the largest power of two that divides the channels, each times H = [[1, 1], [1, -1]]^(k) / sqrt(n)."""
+    n = x.shape[-1] & -x.shape[-1]
+    h = torch.ones(1, 1, dtype=x.dtype)
+    while h.shape[0] < n:
+        h = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=x.dtype), h)
+    return (x.unflatten(-1, (-1, n)) @ h / n**0.5).flatten(-2)
+
+
+def before_last(config: Any, x: Tensor) -> Tensor:
+    """What o_proj and down_proj read of x."""
+    x = inner_norm(config, x)
+    return hadamard(x) if config.hadamard else x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,7 +114,7 @@ class Attention(nn.Module):
         o = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=self.grouped
         )
-        return self.o_proj(inner_norm(self.config, self.attn_sub_norm(o.transpose(1, 2).flatten(2))))
+        return self.o_proj(before_last(self.config, self.attn_sub_norm(o.transpose(1, 2).flatten(2))))
 
 
 class FeedForward(nn.Module):
@@ -112,7 +130,7 @@ class FeedForward(nn.Module):
         x = inner_norm(self.config, x)
         gate = self.gate_proj(x)
         activated = F.relu(gate).square() if self.config.hidden_act == "relu2" else F.silu(gate)
-        return self.down_proj(inner_norm(self.config, self.ffn_sub_norm(activated * self.up_proj(x))))
+        return self.down_proj(before_last(self.config, self.ffn_sub_norm(activated * self.up_proj(x))))
 
 
 class Block(nn.Module):

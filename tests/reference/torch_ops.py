@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .torch_bitnet import FakeQuantInput, FakeQuantWeight
+from .torch_bitnet import FakeQuantInput, FakeQuantWeight, hadamard
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None = None) -> Tensor:
@@ -37,6 +37,7 @@ OPS = {
     "bitlinear": lambda x, weight: F.linear(FakeQuantInput.apply(x), FakeQuantWeight.apply(weight)),
     "matmul": torch.matmul,
     "rmsnorm": rmsnorm,
+    "hadamard": hadamard,
     "rope": rope,
     "softmax": lambda x: torch.softmax(x, -1),
     "attention": attention,
