@@ -208,7 +208,7 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a (..., m, k), b (k, n) -> (..., m, n)."""
+    """a (..., m, k), b (k, n), or (..., k, n) with the same leading dimensions -> (..., m, n)."""
     return _core.matmul(a, b)
 
 

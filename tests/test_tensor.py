@@ -316,6 +316,8 @@ def test_numpy_operands_never_turn_a_tensor_into_an_array() -> None:
         (lambda t: t + leaf(3, 2), ShapeError, r"add.*\(2, 3\).*\(3, 2\)"),
         (lambda t: t * leaf(3), ShapeError, r"mul: shapes \(2, 3\) and \(3,\) differ"),
         (lambda t: t @ t, ShapeError, "matmul"),
+        (lambda t: t @ leaf(2, 3, 2), ShapeError, r"matmul: shapes \(2, 3\) and \(2, 3, 2\) do not fit"),
+        (lambda t: leaf(2, 4, 3) @ leaf(3, 3, 2), ShapeError, r"\(2, 4, 3\) and \(3, 3, 2\) do not fit"),
         (lambda t: t.reshape(4), ShapeError, "reshape.*6 elements"),
         (lambda t: t.reshape(4, 3), ShapeError, "reshape.*6 elements"),
         (lambda t: t.reshape(-1, 4), ShapeError, "reshape: 6 elements do not divide by the given 4"),

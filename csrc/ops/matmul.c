@@ -1,5 +1,10 @@
-/* matmul.c: y = a b, a (..., m, k), b (k, n). da = dy b^T, db = a^T dy, the leading dimensions of a summed as rows. */
+/*
+ * matmul.c: y = a b, a (..., m, k), b (k, n). da = dy b^T, db = a^T dy, the leading dimensions of a summed as rows.
+ * Where b has a's leading dimensions too, each of its matrices meets its own of a, one product after another.
+ */
 #include "ops/op.h"
+
+#include <string.h>
 
 static bn_status product(const bn_tensor *like, gemm_operand a, gemm_operand b, float *c, int64_t m, int64_t n,
                          int64_t k, bool accumulate) {
@@ -18,26 +23,46 @@ static gemm_operand transposed(gemm_operand x) {
     return x;
 }
 
+/* How many products there are, each of `rows` rows of a. */
+static int64_t products_of(const bn_tensor *a, const bn_tensor *b, int64_t *rows) {
+    int64_t count = 1;
+    for (int i = 0; i < b->ndim - 2; i++) {
+        count *= b->shape[i];
+    }
+    *rows = count > 0 ? bn_row_count(a) / count : 0;
+    return count;
+}
+
 static bn_status forward(bn_node *n) {
     const bn_tensor *a = n->inputs[0], *b = n->inputs[1];
-    const int64_t k = b->shape[0], cols = b->shape[1];
-    return product(a, rows_of(bn_f32(a), k), rows_of(bn_f32(b), cols), bn_f32(n->output), bn_row_count(a), cols, k,
-                   false);
+    const int64_t k = bn_last_dim(a), cols = bn_last_dim(b);
+    int64_t rows;
+    const int64_t count = products_of(a, b, &rows);
+    for (int64_t i = 0; i < count; i++) {
+        const gemm_operand left = rows_of(bn_f32(a) + i * rows * k, k), right = rows_of(bn_f32(b) + i * k * cols, cols);
+        BN_TRY(product(a, left, right, bn_f32(n->output) + i * rows * cols, rows, cols, k, false));
+    }
+    return BN_OK;
 }
 
 static bn_status backward(bn_node *n) {
     bn_tensor *a = n->inputs[0], *b = n->inputs[1];
-    const int64_t rows = bn_row_count(a), k = b->shape[0], cols = b->shape[1];
-    const gemm_operand dy = rows_of(bn_f32(n->output->grad), cols);
+    const int64_t k = bn_last_dim(a), cols = bn_last_dim(b);
+    int64_t rows;
+    const int64_t count = products_of(a, b, &rows);
+    const float *dy = bn_f32(n->output->grad);
     float *target;
     bool accumulate;
+    /* One side after the other: in a square both gradients are the same memory. */
     BN_TRY(bn_grad_target(a, &target, &accumulate));
-    if (target != NULL) {
-        BN_TRY(product(a, dy, transposed(rows_of(bn_f32(b), cols)), target, rows, k, cols, accumulate));
+    for (int64_t i = 0; target != NULL && i < count; i++) {
+        const gemm_operand up = rows_of(dy + i * rows * cols, cols), right = rows_of(bn_f32(b) + i * k * cols, cols);
+        BN_TRY(product(a, up, transposed(right), target + i * rows * k, rows, k, cols, accumulate));
     }
     BN_TRY(bn_grad_target(b, &target, &accumulate));
-    if (target != NULL) {
-        BN_TRY(product(a, transposed(rows_of(bn_f32(a), k)), dy, target, k, cols, rows, accumulate));
+    for (int64_t i = 0; target != NULL && i < count; i++) {
+        const gemm_operand up = rows_of(dy + i * rows * cols, cols), left = rows_of(bn_f32(a) + i * rows * k, k);
+        BN_TRY(product(a, transposed(left), up, target + i * k * cols, k, cols, rows, accumulate));
     }
     return BN_OK;
 }
@@ -47,14 +72,17 @@ const bn_op bn_op_matmul = {"matmul", forward, backward};
 bn_status bn_matmul(bn_tensor *a, bn_tensor *b, bn_tensor **out) {
     BN_TRY(bn_require_dtype("matmul", "a", a, BN_F32));
     BN_TRY(bn_require_dtype("matmul", "b", b, BN_F32));
-    BN_TRY(bn_require_ndim("matmul", "b", b, 2));
     BN_TRY(bn_require_same_device("matmul", a, b));
-    if (a->ndim < 2 || bn_last_dim(a) != b->shape[0]) {
+    bool fits = a->ndim >= 2 && b->ndim >= 2 && bn_last_dim(a) == b->shape[b->ndim - 2];
+    if (b->ndim > 2) {
+        fits = fits && a->ndim == b->ndim && memcmp(a->shape, b->shape, (size_t)(b->ndim - 2) * sizeof *b->shape) == 0;
+    }
+    if (!fits) {
         bn_shape_text x, y;
-        return bn_fail(BN_ERR_SHAPE, "matmul: shapes %s and %s do not fit (a (..., m, k), b (k, n))",
+        return bn_fail(BN_ERR_SHAPE, "matmul: shapes %s and %s do not fit (a (..., m, k), b (k, n) or (..., k, n))",
                        bn_shape_print(a, &x), bn_shape_print(b, &y));
     }
     bn_node n = {.op = &bn_op_matmul, .inputs = {a, b}};
-    BN_TRY(bn_output_last(&n, a, b->shape[1]));
+    BN_TRY(bn_output_last(&n, a, bn_last_dim(b)));
     return bn_tape_run(&n, out);
 }

@@ -42,7 +42,7 @@ BN_CHECKED bn_status bn_add(bn_tensor *a, bn_tensor *b, float alpha, float beta,
 BN_CHECKED bn_status bn_mul(bn_tensor *a, bn_tensor *b, bn_tensor **out);
 /* factor * x. */
 BN_CHECKED bn_status bn_scale(bn_tensor *x, float factor, bn_tensor **out);
-/* a (..., m, k), b (k, n) -> (..., m, n). */
+/* a (..., m, k), b (k, n) or (..., k, n) -> (..., m, n). */
 BN_CHECKED bn_status bn_matmul(bn_tensor *a, bn_tensor *b, bn_tensor **out);
 /* All elements -> scalar. */
 BN_CHECKED bn_status bn_sum(bn_tensor *x, bn_tensor **out);
