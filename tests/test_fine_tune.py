@@ -117,6 +117,20 @@ def test_init_takes_a_hugging_face_folder(base: Path, text: Path, capsys: pytest
     assert "no latent weights" in refused(capsys, "--init", "codes", "--data", text, *SHORT)
 
 
+def test_init_takes_weights_that_were_stored_in_halves(base: Path, text: Path) -> None:
+    """Made f32 while they are read, in memory that the optimizer can take."""
+    from safetensors.numpy import load_file, save_file
+
+    save_hf(from_pretrained(base), "halves", packed=False)
+    weights = Path("halves/model.safetensors")
+    halves = {name: array.astype(np.float16) for name, array in load_file(weights).items()}
+    save_file(halves, weights)
+    kept = [*SHORT, "--lr", "1e-30", "--weight-decay", "0"]
+    assert run("--init", "halves", "--data", text, *kept, "--out", "tuned") == 0
+    after = from_pretrained("tuned").state_dict()
+    assert all(np.array_equal(after[name], array.astype(np.float32)) for name, array in halves.items())
+
+
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 TALK = [

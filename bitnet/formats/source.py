@@ -176,7 +176,7 @@ def _check_kind(source: Source, name: str, module: nn.Linear | nn.Embedding) -> 
 def tensor_of(stored: Stored, shape: tuple[int, ...], layout: str, stays: bool, is_trainable: bool) -> Tensor:
     """A weight as a model uses it: codes prepared; floats an f32 parameter, where they lie if that can be.
 
-    stays: bf16 is left as it is, unless the weight is to be trained.
+    stays: bf16 is left as it is, unless the weight is to be trained. is_trainable: its memory is nobody else's.
     """
     if isinstance(stored, Fifths):
         rows, cols = shape
@@ -184,9 +184,8 @@ def tensor_of(stored: Stored, shape: tuple[int, ...], layout: str, stays: bool, 
     if isinstance(stored, Codes):
         return _core.prepare_ternary(_core.from_buffer(stored.codes, "i8", shape), stored.scale, layout)
     if is_trainable and stored.form == "f32":
-        numbers = np.frombuffer(stored.data, np.float32)
-        if not numbers.flags.writeable:
-            return nn.Parameter(numbers.reshape(shape))  # a copy
+        # A copy: what an optimizer moves into its own memory must not be lent to anyone.
+        return nn.Parameter(np.frombuffer(stored.data, np.float32).reshape(shape))
     tensor = _core.from_buffer(stored.data, stored.form, shape)
     if stored.form == "bf16" and stays and not is_trainable:
         return tensor
