@@ -5,7 +5,8 @@
 with s, t the logits of student and teacher, both terms means over the targets, and T the temperature; T^2 keeps the
 size of the second gradient, which is known in closed form, share * T * (softmax(s / T) - softmax(t / T)) / targets for
 each logit. So no logarithm is taken: what is differentiated is the sum of logits times that difference, held constant.
-Its value means nothing; what is reported is the cross entropy, comparable with that of any other run.
+Its value means nothing; what is reported is the cross entropy, comparable with that of any other run. A term of
+attention, weight * that of bitnet/attention_distill.py, may stand beside these two.
 The teacher's work is not counted in mfu.
 
 Source: Hinton et al. 2015, arXiv 1503.02531; of full-precision into ternary models: Wu et al. 2025, arXiv 2510.13998.
@@ -14,12 +15,14 @@ Source: Hinton et al. 2015, arXiv 1503.02531; of full-precision into ternary mod
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import Tensor
+from bitnet.attention_distill import AttentionDistillation
 from bitnet.config import BitNetConfig
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM
@@ -58,7 +61,8 @@ class Teacher:
 class Distillation:
     """The loss of the file's head for one shape of batch, made of ops that a tape can replay.
 
-    Targets of -100 take no part in either term. The logits of both models exist as a whole, B * T * V floats each,
+    attention, attention_weight: the third term, and what multiplies it.
+    Targets of -100 take no part in any term. The logits of both models exist as a whole, B * T * V floats each,
     unlike those of a plain loss.
     """
 
@@ -70,7 +74,10 @@ class Distillation:
         seq_len: int,
         share: float,
         temperature: float,
+        attention: AttentionDistillation | None = None,
+        attention_weight: float = 1.0,
     ) -> None:
+        self.attention, self.attention_weight = attention, attention_weight
         self.student, self.teacher, self.share, self.temperature = student, teacher, share, temperature
         width = student.config.hidden_size
         self._counts = ops.zeros((batch_size, seq_len), "i32")  # 1 where a target takes part
@@ -82,9 +89,19 @@ class Distillation:
         counts = targets != IGNORE
         self._counts.copy_(counts.astype(np.int32))
         self._each.copy_(np.float32(1.0 / max(1, int(counts.sum()))))
+        if self.attention is not None:
+            self.attention.prepare(counts)
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(what to differentiate, cross entropy), scalars, for tokens and targets (B, T)."""
+        with nullcontext() if self.attention is None else self.attention.watching():
+            objective, loss = self._probabilities(tokens, targets)
+            if self.attention is not None:
+                objective = _core.add(objective, self.attention.term(), 1.0, self.attention_weight)
+        return objective, loss
+
+    def _probabilities(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without the term of attention."""
         student, cool = self.student, 1.0 / self.temperature
         with ops.no_grad():
             wanted = ops.softmax(_core.scale(self.teacher(tokens), cool))

@@ -76,6 +76,8 @@ def projection_input(
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
+    watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None  # gets q, k, v at each pass, before rope
+
     def __init__(self, make: Factory, name: str) -> None:
         c = make.config
         self.config = c
@@ -93,6 +95,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(batch, time, -1, d)
         k = self.k_proj(x).reshape(batch, time, -1, d)
         v = self.v_proj(x).reshape(batch, time, -1, d)
+        if self.watcher is not None:
+            self.watcher(q, k, v)
         start = None if cache is None else cache.start
         q, k = rope(q, start), rope(k, start)
         out = ops.attention(q, k, v) if cache is None else cache.attention(layer, q, k, v)

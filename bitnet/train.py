@@ -197,7 +197,7 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
             path if path.startswith(PREFIX) else str(Path(path).resolve()) for path in options["data"]
         )
     if options.get("teacher") is not None:
-        options["teacher"] = str(Path(options["teacher"]).resolve())
+        options["teacher"] = located(options["teacher"])
     if options.get("init") is not None:
         options["init"] = located(options["init"])
     return options
@@ -354,7 +354,7 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
 BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
 
 
-LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "teacher")  # named where they are not off
+LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "teacher", "distill_attention")  # named where they are not off
 
 
 def _introduce(trainer: Trainer) -> None:

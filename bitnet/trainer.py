@@ -21,6 +21,7 @@ import numpy as np
 
 from bitnet import _core, checkpoint, mfu, ops, stability
 from bitnet._core import Tensor
+from bitnet.attention_distill import AttentionDistillation
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
 from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks, eval_rows
@@ -161,7 +162,9 @@ class Trainer:
         c, taught = self.config, None
         shape = c.batch_size, c.seq_len
         if self.teacher is not None:
-            taught = Distillation(self.model, self.teacher.model, *shape, c.distill, c.temperature)
+            models = self.model, self.teacher.model
+            attention = AttentionDistillation(*models, *shape, c.distill_layer) if c.distill_attention else None
+            taught = Distillation(*models, *shape, c.distill, c.temperature, attention, c.distill_attention)
 
         def objective(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             with blended(self.model, share):

@@ -45,6 +45,8 @@ class TrainerConfig:
     teacher: str | None = option(None, "run, such as a --twin, whose probabilities are learned from beside the text")
     distill: float = option(0.5, "with a teacher: the share of its probabilities in the loss")
     temperature: float = option(1.0, "with a teacher: what both models' logits are divided by")
+    distill_attention: float = option(0.0, "with a teacher: weight of how attention states relate, such as 1; 0: none")
+    distill_layer: int | None = option(None, "whose attention states these are, from 0; the teacher's as deep (last)")
     clip: float = option(1.0, "largest gradient norm; 0: any", True)
     precision: str = option("fast", "of the backward pass: fast (bf16), int8 (dx in integers, dW bf16) or fp32 (exact)")
     optimizer: str = option("adamw", "adamw, or muon for the matrices of the layers (AdamW for all others; same lr)")
@@ -90,6 +92,12 @@ class TrainerConfig:
             raise ConfigError(f"ema must be at least 0 and below 1, not {self.ema}")
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill must be at least 0 and at most 1, not {self.distill}")
+        if not 0 <= self.distill_attention < math.inf:
+            raise ConfigError(f"distill_attention must be at least 0, not {self.distill_attention}")
+        if self.distill_attention and self.teacher is None:
+            raise ConfigError(f"distill_attention {self.distill_attention} needs a teacher, whose states these are")
+        if self.distill_layer is not None and not self.distill_attention:
+            raise ConfigError(f"distill_layer {self.distill_layer} needs distill_attention, the weight of its term")
         words = {
             "order": ("shuffled", "random"), "documents": ("joined", "separate"), "precision": mfu.PRECISIONS,
             "schedule": ("cosine", "two-stage", "wsd"), "moments": optim.MOMENTS, "optimizer": tuple(OPTIMIZERS),
