@@ -36,6 +36,7 @@ class RunConfig:
     max_mb: float | None = option(None, "most megabytes of text read")
     preset: str = option("nano", f"model shape: {', '.join(PRESETS)}")
     init: str | None = option(None, "run, checkpoint, Hugging Face folder to go on from, with its tokenizer", True)
+    convert: bool = option(False, "make the full-precision LLaMA that init names ternary, and insert sub-norms")
     lora: int = option(0, "rank of adapters to train beside the frozen layers of init; 0: train all weights")
     lora_alpha: float | None = option(None, "weight of the adapters, times 1 / rank (2 rank)")
     lora_targets: str | None = option(None, "layers that have one, as q_proj,v_proj (all seven)")
@@ -48,6 +49,10 @@ class RunConfig:
             raise ConfigError(f"data ({self.data[0]}) and recipe ({self.recipe}) exclude each other")
         if self.init is not None and self.twin:
             raise ConfigError("twin and init exclude each other: the model that init names is what it is")
+        if self.convert and self.init is None:
+            raise ConfigError("convert needs init: the full-precision model that is to become ternary")
+        if self.convert and self.lora:
+            raise ConfigError(f"lora {self.lora} and convert exclude each other: what is converted is trained whole")
         if self.lora < 0:
             raise ConfigError(f"lora must be at least 0, not {self.lora}")
         if self.lora and self.init is None:

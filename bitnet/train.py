@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 from bitnet import checkpoint, mfu, nn
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
+from bitnet.convert import refuse_ternary, to_ternary
 from bitnet.corpus.hub import PREFIX
-from bitnet.data import ShardDataset
+from bitnet.data import DataLoader, ShardDataset
 from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
@@ -50,6 +51,7 @@ examples:
   bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
   bitnet train --init runs/nano-stdlib-001 --data notes.txt --lr 5e-4
+  bitnet train --init llama/ --convert --teacher llama/ --data notes.txt    full precision made ternary
   bitnet train --init nano.bitnet --lora 8 --data notes.txt --lr 1e-3     adapters alone, beside frozen weights
   bitnet train --resume runs/nano-stdlib-001            goes on after Ctrl-C, a crash, or with more --steps
 
@@ -242,6 +244,8 @@ def initial(settings: Settings, out: Path) -> BitNetForCausalLM | None:
     model = from_pretrained(source)
     if model.lora is not None:
         raise ConfigError(f"{source} holds adapters: go on with --resume, or begin with their base {model.lora.base}")
+    if run.convert:
+        refuse_ternary(model, source)
     if run.lora:
         targets = None if run.lora_targets is None else [name.strip() for name in run.lora_targets.split(",")]
         seed = settings.trainer.seed
@@ -309,7 +313,30 @@ def build(
             raise ConfigError(
                 f"the text in {data.folder} was packed with another tokenizer than that of {settings.run.init}"
             )
+        if settings.run.convert and not checkpoint.steps(out):
+            model = _converted(model, data, trainer)
     return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
+
+
+def _converted(model: BitNetForCausalLM, data: ShardDataset | Mixture, trainer: TrainerConfig) -> BitNetForCausalLM:
+    """The ternary form of a full-precision model, calibrated on the first batch; says what was made.
+
+    Raises ConfigError for a batch that the model cannot read.
+    """
+    c, t = model.config, trainer
+    if t.seq_len > c.max_position_embeddings:
+        raise ConfigError(f"seq_len {t.seq_len} is more than the model's positions, {c.max_position_embeddings}")
+    if data.vocab_size > c.vocab_size:
+        raise ConfigError(f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {c.vocab_size}")
+    loader = DataLoader(data, t.batch_size, t.seq_len, t.seed, t.order, documents=t.documents)
+    made = to_ternary(model, *loader.batch(0))
+    norms = "with the sub-norms that it had"
+    if not c.sub_norms:
+        new = [p.numpy(copy=True) for name, p in made.named_parameters() if name.endswith("_sub_norm.weight")]
+        gains = [float(values[0]) for values in new]
+        norms = f"{len(gains)} sub-norms inserted with gains of {min(gains):.3g} to {max(gains):.3g}"
+    print(f"converted: {sum(1 for _ in made.bitlinears())} matrices are ternary now, {norms}")
+    return made
 
 
 def _shape(settings: Settings, tokenizer: Tokenizer, folder: Path, out: Path) -> BitNetConfig:
@@ -354,7 +381,14 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
 BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
 
 
-LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "teacher", "distill_attention")  # named where they are not off
+LEVERS = (
+    "optimizer",
+    "ema",
+    "ternary_from",
+    "ternary_ramp",
+    "teacher",
+    "distill_attention",
+)  # named where they are not off
 
 
 def _introduce(trainer: Trainer) -> None:
