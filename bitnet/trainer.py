@@ -4,7 +4,8 @@ A step is `grad_accum` micro-batches, one clip, one update. Its forward pass is 
 replayed, so no Python runs between ops. Everything a step does is a function of (config, data, step): the learning
 rate, which tokens it sees, the seed of a sample. What changes is the model, the optimizer and a few counters, which is
 why a run that was killed and resumed ends in the same bytes as one that never stopped. A loss that spikes or is no
-number sends the run back to its last checkpoint, past the batches that led there: see bitnet/stability.py.
+number sends the run back to its last checkpoint, past the batches that led there: see bitnet/stability.py and
+recovery.py. Checkpoints are written and read in bitnet/keeper.py.
 """
 
 from __future__ import annotations
@@ -12,23 +13,21 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitnet import _core, checkpoint, mfu, ops, stability
+from bitnet import _core, checkpoint, mfu, recovery, stability
 from bitnet._core import Tensor
 from bitnet.attention_distill import AttentionDistillation
-from bitnet.background import Background
-from bitnet.checkpoint import Checkpoint
-from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks, eval_rows
+from bitnet.data import DataLoader, ShardDataset, eval_blocks, eval_rows
 from bitnet.distill import Distillation, Teacher
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
+from bitnet.keeper import Keeper
 from bitnet.layer_stats import layer_record
 from bitnet.metrics import Record
 from bitnet.mixture import Mixture, MixtureRows
@@ -37,15 +36,12 @@ from bitnet.nn import TernaryStats
 from bitnet.ramp import blended, ternary_share
 from bitnet.recorded_loss import RecordedLoss
 from bitnet.rows import IGNORE
-from bitnet.stability import DivergenceError, LossWatch, Trouble, describe
+from bitnet.stability import LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
 from bitnet.trainer_config import DEFAULT_STEPS, OPTIMIZERS, TrainerConfig
 
 if TYPE_CHECKING:
     from bitnet.callbacks import Callback
-
-QUICK_SECONDS = 0.3  # a checkpoint expected to take less is still written after Ctrl-C, which has a second in all
-DISK_BYTES_PER_SECOND = 200e6  # written, synced and hashed, before the first checkpoint has been timed
 
 
 class Trainer:
@@ -94,22 +90,18 @@ class Trainer:
         self.stale = 0  # evaluations since then
         self.flips: dict[str, int] = {}  # codes changed since the last record of layers, by layer
         self.layers: Record | None = None  # what layers.jsonl gets after this step, if it is one of those
-        self.best: dict[str, Any] | None = None  # {"step", "val_loss"} of the best checkpoint
         self.over = False
         self.history: list[Record] = []
-        self._pending: Record | None = None  # of a step that is updated but not yet evaluated and logged
-        self._saved = -1  # step of the newest checkpoint
-        self._good = -1  # step of the newest that was due, not written on the way out: where a rollback leads
-        self._writer: Background[_Written] = Background()
-        self._save_seconds: float | None = None
-        self._interrupts = Interrupts()
+        self.pending: Record | None = None  # of a step that is updated but not yet evaluated and logged
+        self.keeper = Keeper(self)
+        self.interrupts = Interrupts()
         self.source_losses: dict[str, float] = {}  # validation losses of the last evaluation, by name
         self.samples: list[str] = []  # prompt and continuation after each evaluation
-        self._callbacks = [*standard_callbacks(self.out, c.plots, c.tensorboard, c.wandb), *callbacks]
+        self.callbacks = [*standard_callbacks(self.out, c.plots, c.tensorboard, c.wandb), *callbacks]
         rows = c.batch_size * c.grad_accum
         frozen = model.lora is not None
         self._macs = mfu.training_macs(model.config, rows, c.seq_len, c.precision, frozen)  # of one step
-        self._forget_tapes()
+        self.forget_tapes()
 
     def _held_out(self) -> dict[str, ShardDataset]:
         """The validation splits that hold a sequence; several by the names of their sources."""
@@ -146,7 +138,7 @@ class Trainer:
         if seq_len > limit:
             raise ConfigError(f"seq_len {seq_len} is more than the model's max_position_embeddings {limit}")
 
-    def _forget_tapes(self) -> None:
+    def forget_tapes(self) -> None:
         c = self.config
         self.model.activation_checkpointing = c.activation_checkpointing
         if c.teacher is not None and self.teacher is None:
@@ -186,27 +178,27 @@ class Trainer:
         """
         if resume:
             self.resume()
-        elif self.out is not None and self._saved < 0 and checkpoint.steps(self.out):
+        elif self.out is not None and self.keeper.saved < 0 and checkpoint.steps(self.out):
             raise CheckpointError(f"{self.out} already holds a run; resume it or choose another folder")
         complete = False
-        with Interrupts() as self._interrupts:
+        with Interrupts() as self.interrupts:
             try:
                 self.plan()
-                for callback in self._callbacks:
+                for callback in self.callbacks:
                     callback.on_start(self)
-                while self._pending is not None or not self.over:
+                while self.pending is not None or not self.over:
                     try:
-                        self._finish(self._pending or self._train_step())
+                        self._finish(self.pending or self._train_step())
                     except Trouble as trouble:
-                        self._recover(trouble)
+                        recovery.recover(self, trouble)
                 complete = True
             except KeyboardInterrupt:
-                stopped = Interrupted(self._rescue())
-                stopped.signal = self._interrupts.signal or signal.SIGINT
+                stopped = Interrupted(self.keeper.rescue())
+                stopped.signal = self.interrupts.signal or signal.SIGINT
                 raise stopped from None
             finally:
-                self._settle()
-                for callback in self._callbacks:
+                self.keeper.settle()
+                for callback in self.callbacks:
                     callback.on_end(self, complete)
         return self.history
 
@@ -270,15 +262,15 @@ class Trainer:
             share = count / sum(counts)  # the mean of means, so weighted, is the mean over the step's targets
             loss += self._loss(*batch) * share
             if not math.isfinite(loss):
-                raise Trouble(self.step + 1, f"the loss is {loss}", self._first_bad([batch], ternary))
+                raise Trouble(self.step + 1, f"the loss is {loss}", recovery.first_bad(self, [batch], ternary))
             self._loss.loss.backward(share)
         norm = self.optimizer.clip_grad_norm(c.clip)
         if not math.isfinite(norm):
-            raise Trouble(self.step + 1, f"the gradient norm is {norm}", self._first_bad())
-        spike = self._spike(loss)
+            raise Trouble(self.step + 1, f"the gradient norm is {norm}", recovery.first_bad(self))
+        spike = recovery.spike(self, loss)
         lr, weight_decay = c.rates(self.step)
         lr *= stability.rate_factor(self.events, self.step, c.rollback_lr)
-        with self._interrupts.held():
+        with self.interrupts.held():
             self.optimizer.step(lr, weight_decay)
             if self.average is not None:
                 self.average.update(self.step)
@@ -293,7 +285,7 @@ class Trainer:
             self.position += c.grad_accum
             self.tokens += sum(counts)
             self.seconds += seconds
-            self._pending = {
+            self.pending = {
                 "step": self.step,
                 "tokens": self.tokens,
                 "train_loss": loss,
@@ -310,12 +302,12 @@ class Trainer:
                 "memory": _core.memory_stats()["high_water"],
             }
             if self.average is not None:
-                self._pending["val_loss_ema"] = None
+                self.pending["val_loss_ema"] = None
             if c.ternary_from or c.ternary_ramp:
-                self._pending["ternary_share"] = ternary
+                self.pending["ternary_share"] = ternary
             if spike is not None:
-                self._report({"event": "spike", "step": self.step, "reason": spike})
-        return self._pending
+                self.report({"event": "spike", "step": self.step, "reason": spike})
+        return self.pending
 
     def _finish(self, record: Record) -> None:
         """All that follows an update: evaluation, log, checkpoint. Repeated whole if it was interrupted."""
@@ -330,7 +322,7 @@ class Trainer:
             if not math.isfinite(loss):
                 held_out = self.held_out.values()
                 blocks = (batch for data in held_out for batch in eval_blocks(data, c.batch_size, c.seq_len))
-                raise Trouble(self.step, f"the validation loss is {loss}", self._first_bad(blocks))
+                raise Trouble(self.step, f"the validation loss is {loss}", recovery.first_bad(self, blocks))
             record["val_loss"] = loss
             if len(self.held_out) > 1:
                 record["val_loss_by_source"] = dict(self.source_losses)
@@ -346,22 +338,22 @@ class Trainer:
         if self.history and self.history[-1]["step"] == self.step:
             self.history.pop()
         self.history.append(record)
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_step(self, record)
-        with self._interrupts.held():
-            self._pending = None
+        with self.interrupts.held():
+            self.pending = None
             self.lowest, self.stale = lowest, stale
             if self.layers is not None:
                 self.flips = {}
             self.seconds += time.perf_counter() - start
             if stop:
                 reason = f"step {self.step}: {stale} evaluations without a validation loss below {lowest}"
-                self._report({"event": "early_stop", "step": self.step, "reason": reason})
-        if self._writer.done:
-            self._settle()
+                self.report({"event": "early_stop", "step": self.step, "reason": reason})
+        if self.keeper.writer.done:
+            self.keeper.settle()
         if self.out is not None and (self.over or self.step % c.save_every == 0):
             if stability.bad_weight(self.model) is not None:
-                raise Trouble(self.step, "no checkpoint of these weights", self._first_bad())
+                raise Trouble(self.step, "no checkpoint of these weights", recovery.first_bad(self))
             try:
                 self.save(due=True)
             except CheckpointError as error:
@@ -415,91 +407,12 @@ class Trainer:
         whole = eval_rows(data, self.config.seq_len)
         return min(whole, self.config.eval_blocks or whole)
 
-    # ---- trouble ----------------------------------------------------------------------------------------------------
-
-    def _first_bad(self, batches: Iterable[Batch] = (), share: float = 1.0) -> str:
-        with ops.precision(self.config.precision), blended(self.model, share):
-            return stability.first_bad(self.model, batches)
-
-    def _spike(self, loss: float) -> str | None:
-        """Trouble if a loss is a spike and a rollback is possible; what to report if it is not; None for no spike."""
-        c = self.config
-        assert c.warmup is not None
-        limit = self.watch.limit(c.spike)
-        if self.step < c.warmup or loss <= limit:
-            return None
-        trouble = Trouble(self.step + 1, f"the loss {loss:.4g} is a spike: {limit:.4g} would not be")
-        self._settle()
-        if self._good >= 0 and stability.rollbacks(self.events) < c.rollbacks:
-            raise trouble
-        return str(trouble)
-
-    def _report(self, event: Record) -> None:
+    def report(self, event: Record) -> None:
         """Notes an event in the state, the log and metrics.jsonl."""
         self.events.append(event)
         self.log(describe(event))
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_event(self, event)
-
-    def _recover(self, trouble: Trouble) -> None:
-        """Back to the last checkpoint and past the batches since then; without one, past the batch of this step.
-
-        Raises DivergenceError if neither can be, or all rollbacks are used up.
-        """
-        c = self.config
-        assert c.warmup is not None
-        start = time.perf_counter()
-        with self._interrupts.held():
-            self._settle()
-            lost = trouble.step > self.step  # before the update: nothing has changed yet
-            end = self.position + (c.grad_accum if lost else 0)
-            if stability.rollbacks(self.events) >= c.rollbacks:
-                used = f"all {c.rollbacks} rollbacks are used up; " if c.rollbacks else ""
-                raise DivergenceError(f"{trouble}; {used}{self._advice()}") from None
-            good = self._good_checkpoint()
-            if good is None and (not lost or stability.bad_weight(self.model) is not None):
-                raise DivergenceError(f"{trouble}; there is no checkpoint to roll back to; {self._advice()}") from None
-            if good is not None:
-                assert self.out is not None
-                checkpoint.remove_newer(self.out, good.state["step"])
-                self._restore(good)
-                # Of the way that is lost, the rollbacks stay and nothing else.
-                past = [e for e in self.events if e["event"] in stability.COUNTED or e["step"] <= self.step]
-                self.events[:] = past
-                self.history[:] = [record for record in self.history if record["step"] <= self.step]
-            event = {
-                "event": "skip" if good is None else "rollback",
-                "step": trouble.step,
-                "to": self.step,
-                "skipped": [self.position, end],
-                "until": self.step + max(1, c.warmup, trouble.step - self.step),
-                "reason": str(trouble),
-            }
-            self.position, self._pending = end, None
-            self._report(event)
-            self.over = False  # where time is up, one more step ends the run as usual: evaluated and saved
-            self.seconds += time.perf_counter() - start
-
-    def _good_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint that was due; those written on the way out depend on when that was."""
-        if self.out is None or self._good < 0:
-            return None
-        for step in reversed(checkpoint.steps(self.out)):
-            try:
-                if step <= self._good:
-                    found = checkpoint.load(checkpoint.folder_of(self.out, step), optimizer=True)
-                    if found.state.get("good", step) == step:
-                        return found
-            except CheckpointError as error:
-                self.log(f"warning: {error}")
-        return None
-
-    def _advice(self) -> str:
-        """How to go on after trouble that no rollback ended."""
-        if self.out is None or self._saved < 0:
-            return f"the weights are those of step {self.step}"
-        command = f"{self.resume_command} --lr {self.config.lr / 2:g}"
-        return f"go on from step {self._saved} with a lower rate: {command}"
 
     # ---- survival ---------------------------------------------------------------------------------------------------
 
@@ -510,170 +423,22 @@ class Trainer:
     @property
     def logged_step(self) -> int:
         """The last step whose record is complete."""
-        return self.step - (self._pending is not None)
+        return self.step - (self.pending is not None)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "val_loss"} of the best checkpoint."""
+        return self.keeper.best
 
     def save(self, due: bool = False) -> Path:
-        """Writes a checkpoint of the present step into `out` and prunes old ones; CheckpointError leaves the others.
-
-        due: one of those at fixed steps, which a rollback may go back to; with background_save it is written while
-        training goes on, from a copy of everything in it, and the next one waits for it.
-        """
-        if self.out is None:
-            raise ConfigError("this trainer has no run folder (out) to save in")
-        self._settle()
-        start = time.perf_counter()
-        record = self._pending or (self.history[-1] if self.history else None)
-        value = record["val_loss"] if record is not None else None
-        best = self.best
-        if value is not None and (best is None or value < best["val_loss"]):
-            best = {"step": self.step, "val_loss": value}
-        step, good = self.step, self.step if due else self._good
-        state = {
-            "step": step,
-            "tokens": self.tokens,
-            "loader": {"position": self.position, "order": self.config.order},
-            "rng": {"seed": self.config.seed},  # every draw is a function of the seed and a counter above
-            "seconds": self.seconds,
-            "val_loss": value,
-            "best": best,
-            "lowest": self.lowest,
-            "stale": self.stale,
-            "watch": asdict(self.watch),
-            "events": list(self.events),
-            "good": good,
-            "flips": self.flips,
-            "pending": self._pending,
-            "config": asdict(self.config),
-            "data": self.dataset.identity(),
-        }
-        if self.teacher is not None:
-            state["teacher"] = self.teacher.fingerprint()
-        out, keep, tokenizer, config = self.out, self.config.keep, self.tokenizer, self.model.config
-        lora = self.model.lora
-        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
-        average = None if self.average is None else self.average.model.state_dict()
-
-        old = (None if self.best is None else self.best["step"], self._good)
-
-        def write() -> _Written:
-            checkpoint.prune(out, keep, *old)  # room on the disk, where `keep` became smaller
-            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average, lora)
-            checkpoint.prune(out, keep, None if best is None else best["step"], good)
-            return _Written(path, step, good, best, time.perf_counter() - start)
-
-        if due and self.config.background_save and not self.over:
-            self._writer.begin(write)
-        else:
-            self._written(write())
-        return checkpoint.folder_of(out, step)
-
-    def _written(self, done: _Written) -> None:
-        """A checkpoint is on the disk."""
-        self.best, self._saved, self._good, self._save_seconds = done.best, done.step, done.good, done.seconds
-        for callback in self._callbacks:
-            callback.on_checkpoint(self, done.path)
-
-    def _settle(self) -> None:
-        """Waits for the checkpoint that is being written, if there is one; tells what went wrong with it."""
-        if self._writer.busy:
-            try:
-                self._written(self._writer.take())
-            except CheckpointError as error:
-                self.log(f"warning: {error}; training goes on")
+        """Writes a checkpoint of the present step into `out`: see Keeper.save."""
+        return self.keeper.save(due)
 
     def resume(self) -> None:
-        """Continues from the newest complete checkpoint of `out`; from the start if none was written yet.
-
-        Options the config leaves open are those of the checkpoint. Raises CheckpointError if the checkpoint is of
-        another model or other data, ConfigError if an option differs that a resumed run cannot change.
-        """
-        if self.out is None:
-            raise ConfigError("this trainer has no run folder (out) to resume from")
-        checkpoint.clean(self.out)
-        if not checkpoint.steps(self.out):
-            self.log(f"{self.out} has no checkpoint yet: starting at step 0")
-            return
-        saved = checkpoint.newest(self.out, self.log, optimizer=True)
-        checkpoint.set_aside_newer(saved, self.log)
-        own = asdict(self.model.config)
-        for name, value in asdict(saved.config).items():
-            if value != own[name]:
-                raise CheckpointError(f"{saved.path} is of another model: its {name} is {value}, not {own[name]}")
-        if saved.lora != self.model.lora:
-            raise CheckpointError(
-                f"{saved.path} has other adapters than this model: {saved.lora}, not {self.model.lora}"
-            )
-        if saved.state["data"] != self.dataset.identity():
-            raise CheckpointError(f"{saved.path} was trained on other data than {self.dataset.folder} now holds")
-        self.config = _merged(self.config, saved.state["config"], str(saved.path))
-        self._forget_tapes()
-        if self.teacher is not None and saved.state["teacher"] != self.teacher.fingerprint():
-            raise CheckpointError(f"{saved.path} learned from another teacher than {self.config.teacher} now holds")
-        self._restore(saved)
-        self.seconds, self.events = saved.state["seconds"], saved.state.get("events", [])
-        self.log(f"resuming {self.out} at step {self.step}")
-
-    def _restore(self, saved: Checkpoint) -> None:
-        """Everything as it was, but for the time spent and the events."""
-        self.model.load_state_dict(saved.weights)
-        assert saved.optimizer is not None
-        self.optimizer.load_state_dict(saved.optimizer)
-        if self.average is not None:
-            self.average.model.load_state_dict(saved.average())
-        state = saved.state
-        self.step, self.tokens, self.position = state["step"], state["tokens"], state["loader"]["position"]
-        self.best, self._pending = state["best"], state["pending"]
-        # Checkpoints of earlier versions begin to watch where they are.
-        self.watch = LossWatch(**state.get("watch", {}))
-        self.lowest, self.stale = state.get("lowest"), state.get("stale", 0)
-        self.flips, self._good = state.get("flips", {}), state.get("good", self.step)
-        self._saved = self.step
-
-    def _rescue(self) -> str:
-        """After Ctrl-C: keep the present step if that is quick; after SIGTERM always. Returns what to tell."""
-        self._forget_tapes()  # one may have stopped half-way
-        self._settle()
-        if self.out is None:
-            return f"stopped at step {self.step}; fit() goes on"
-        expected = self._save_seconds
-        if expected is None:
-            expected = 3 * 4 * self.model.num_parameters() / DISK_BYTES_PER_SECOND
-        wanted = expected < QUICK_SECONDS or self._interrupts.signal == signal.SIGTERM
-        if self.step > max(0, self._saved) and wanted:
-            try:
-                with self._interrupts.held():
-                    self.save()
-            except CheckpointError as error:
-                self.log(f"warning: {error}")
-        kept = f"step {self._saved} is kept" if self._saved >= 0 else "no checkpoint yet"
-        return f"stopped at step {self.step}, {kept}; go on with: {self.resume_command}"
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a checkpoint on the disk changes."""
-
-    path: Path
-    step: int
-    good: int
-    best: dict[str, Any] | None
-    seconds: float
+        """Continues from the newest complete checkpoint of `out`: see Keeper.resume."""
+        self.keeper.resume()
 
 
 def _targeted(targets: np.ndarray[Any, Any]) -> int:
     """How many targets a loss is the mean over."""
     return int(np.count_nonzero(targets != IGNORE))
-
-
-def _merged(config: TrainerConfig, saved: dict[str, Any], where: str) -> TrainerConfig:
-    """The options of a resumed run: those given, else those saved. Refuses what would make it another run."""
-    changes: dict[str, Any] = {}
-    for one in fields(TrainerConfig):
-        given, before = getattr(config, one.name), saved.get(one.name, one.default)
-        if given is None:
-            # New minutes without new steps: as many steps as fit now.
-            if not (one.name == "steps" and config.minutes not in (None, saved.get("minutes"))):
-                changes[one.name] = before
-        elif given != before and not one.metadata["resume"]:
-            raise ConfigError(f"{one.name} is {before} in {where} and cannot become {given} on resume")
-    return replace(config, **changes)

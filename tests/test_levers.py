@@ -196,7 +196,7 @@ class Watch(Callback):
 def test_the_average_is_that_of_its_equation_and_changes_nothing(folder: Path) -> None:
     plain, run = trainer(folder), trainer(folder, replace(CONFIG, ema=0.4))
     watch = Watch(run.model, 0.4)
-    run._callbacks.append(watch)
+    run.callbacks.append(watch)
     plain.fit()
     run.fit()
     assert run.average is not None

@@ -363,7 +363,7 @@ def test_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
 def test_sigterm_writes_a_checkpoint_however_long_it_takes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitnet.trainer.QUICK_SECONDS", 0.0)
+    monkeypatch.setattr("bitnet.keeper.QUICK_SECONDS", 0.0)
     for number, kept in ((signal.SIGINT, [20]), (signal.SIGTERM, [20, 25])):
         run = trainer(folder, tmp_path / str(number), callbacks=[Stop(25, number)])
         with pytest.raises(Interrupted, match="stopped at step 25"):
