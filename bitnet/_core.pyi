@@ -187,6 +187,12 @@ def convert(x: Tensor, dtype: str) -> Tensor: ...
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ternary: bool = False) -> Tensor:
     """x (..., C), head weight (V, C), targets i32, one a row of x -> scalar."""
 
+def row_losses(loss: Tensor, /) -> Tensor:
+    """The loss of each target, f32 (rows), 0 where it is skipped, of a cross_entropy's result on a tape.
+
+    The op's own memory: a replay writes there again. RuntimeError for any other tensor.
+    """
+
 # ---- making tensors ----
 
 def empty(shape: Sequence[int], dtype: str = "f32", device: str = "cpu") -> Tensor:
@@ -227,6 +233,21 @@ def ternary_layout(weight: Tensor, /) -> str | None:
 
 def prepare_ternary(codes: Tensor, scale: float, layout: str = "2", /) -> Tensor:
     """i8 (out, in) -> prepared: codes times scale, laid out for products alone. ValueError for other bytes."""
+
+def hold_ternary(weights: Sequence[Tensor], /) -> None:
+    """Holds the present codes of latent weights: they stay, whatever is written to the weights. Uses them."""
+
+def hold_ternary_codes(weight: Tensor, codes: Tensor, scale: float, /) -> None:
+    """The same with codes i8 (out, in) and a scale that were made elsewhere. ValueError for what is no code."""
+
+def use_held_ternary(weights: Sequence[Tensor], held: bool, /) -> None:
+    """Whether products and whatever else reads codes find the held ones or those of the present values.
+
+    RuntimeError for held codes that there are not.
+    """
+
+def release_ternary(weights: Sequence[Tensor], /) -> None:
+    """Lets go of the held codes, if there are any: flips of the next quantization are counted from them."""
 
 def pack_ternary(codes: Tensor, /) -> Tensor:
     """i8 -> ternary2, four codes a byte."""

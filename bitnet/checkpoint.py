@@ -5,6 +5,7 @@
         model.safetensors      latent f32 weights under their published names
         optimizer.safetensors  both moments (m.NAME, v.NAME; Muon's momentum.NAME) and the step count
         ema.safetensors        averaged latent weights, of a run with --ema
+        held.safetensors       ternary codes that the next step goes on with, of one with --requantize-every
         state.json             step, loader position, seed, options, best loss
         tokenizer files, SHA256SUMS (as `sha256sum -c` reads it)
 
@@ -40,7 +41,7 @@ from bitnet.tokenizer import Tokenizer, load_tokenizer
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
-AVERAGE = "ema.safetensors"
+AVERAGE, HELD = "ema.safetensors", "held.safetensors"
 LORA, ADAPTERS = "adapters.json", "adapters.safetensors"
 PARTIAL = ".partial-"
 
@@ -77,6 +78,12 @@ class Checkpoint:
         if not (self.path / AVERAGE).is_file():
             raise CheckpointError(f"{self.path} has no averaged weights ({AVERAGE}): it was trained without --ema")
         return _read_arrays(self.path / AVERAGE)
+
+    def held(self) -> Arrays:
+        """What the next step multiplies, between two requantizations. CheckpointError for others."""
+        if not (self.path / HELD).is_file():
+            raise CheckpointError(f"{self.path} has no held codes ({HELD}), which its step {self.state['step']} needs")
+        return _read_arrays(self.path / HELD)
 
     def _beside(self, lora: LoraConfig) -> BitNetForCausalLM:
         from bitnet.lora import put
@@ -146,7 +153,7 @@ def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:
         if _sha256(folder / name) != sums[name]:
             raise CheckpointError(f"{folder / name} is damaged: its checksum differs from the one in {SUMS}")
     try:
-        tokenizer = load_tokenizer(folder) if sums.keys() - {OPTIMIZER, AVERAGE, *wanted} else None
+        tokenizer = load_tokenizer(folder) if sums.keys() - {OPTIMIZER, AVERAGE, HELD, *wanted} else None
     except BitnetError as error:
         raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {error}") from None
     return Checkpoint(
@@ -197,6 +204,7 @@ def write(
     tokenizer: Tokenizer | None,
     average: Arrays | None = None,
     lora: LoraConfig | None = None,
+    held: Arrays | None = None,
 ) -> Path:
     """save() of what was copied before: nothing is read from a model, so another thread can do it."""
     from safetensors import SafetensorError
@@ -214,6 +222,8 @@ def write(
         save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
         if average is not None:
             save_file(average, partial / AVERAGE, {"format": "pt"})
+        if held is not None:
+            save_file(held, partial / HELD, {"format": "pt"})
         _write_text(partial / STATE, json.dumps(state, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)

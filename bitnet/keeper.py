@@ -77,12 +77,13 @@ class Keeper:
         lora = t.model.lora
         weights, moments = t.model.state_dict(), t.optimizer.state_dict()
         average = None if t.average is None else t.average.model.state_dict()
+        held = t.codes.state(step)
 
         old = (None if self.best is None else self.best["step"], self.good)
 
         def write() -> _Written:
             checkpoint.prune(out, keep, *old)  # room on the disk, where `keep` became smaller
-            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average, lora)
+            path = checkpoint.write(out, step, config, weights, moments, state, tokenizer, average, lora, held)
             checkpoint.prune(out, keep, None if best is None else best["step"], good)
             return _Written(path, step, good, best, time.perf_counter() - start)
 
@@ -149,6 +150,7 @@ class Keeper:
             t.average.model.load_state_dict(saved.average())
         state = saved.state
         t.step, t.tokens, t.position = state["step"], state["tokens"], state["loader"]["position"]
+        t.codes.load(None if t.codes.is_fresh(t.step) else saved.held())
         self.best, t.pending = state["best"], state["pending"]
         # Checkpoints of earlier versions begin to watch where they are.
         t.watch = LossWatch(**state.get("watch", {}))

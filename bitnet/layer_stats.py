@@ -4,8 +4,9 @@
      "scale": 0.021, "histogram": [64 counts]}, ...}}
 
 minus, zero, plus: shares of the codes. flip: how many codes changed in the steps since the last record, as a share of
-the codes; one that changes and changes back counts twice. histogram: latent weights in units of the scale, in 64 equal
-bins of -3 to 3; what lies beyond is in the outer bins.
+the codes; one that changes and changes back counts twice. With --requantize-every N these are changes of the codes that
+steps multiply, made anew every N steps; all else here is of the codes of the present latent weights. histogram: latent
+weights in units of the scale, in 64 equal bins of -3 to 3; what lies beyond is in the outer bins.
 """
 
 from __future__ import annotations

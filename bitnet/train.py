@@ -381,14 +381,8 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
 BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
 
 
-LEVERS = (
-    "optimizer",
-    "ema",
-    "ternary_from",
-    "ternary_ramp",
-    "teacher",
-    "distill_attention",
-)  # named where they are not off
+# Named where they are not off.
+LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "requantize_every", "teacher", "distill_attention")
 
 
 def _introduce(trainer: Trainer) -> None:

@@ -35,6 +35,7 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.nn import TernaryStats
 from bitnet.ramp import blended, ternary_share
 from bitnet.recorded_loss import RecordedLoss
+from bitnet.requantize import HeldCodes
 from bitnet.rows import IGNORE
 from bitnet.stability import LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ class Trainer:
         self.optimizer = OPTIMIZERS[c.optimizer](model, lr=c.lr, weight_decay=c.weight_decay, moments=c.moments)
         self.teacher: Teacher | None = None
         self.average = WeightAverage(model, c.ema) if c.ema else None
+        self.codes = HeldCodes(model, c.requantize_every)
         self.step = self.tokens = self.position = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.peaks: dict[str, mfu.Peak] = {}  # what this machine can do, measured once when the run is planned
@@ -127,8 +129,11 @@ class Trainer:
                 )
         if (self.config.ternary_from or self.config.ternary_ramp) and not self.model.num_ternary():
             raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
+        if self.config.requantize_every > 1 and not self.model.num_ternary():
+            raise ConfigError("requantize_every needs a model with ternary layers: this is a twin")
         if self.model.lora is not None:
-            for name, off in {"ema": 0.0, "ternary_from": 0, "ternary_ramp": 0, "optimizer": "adamw"}.items():
+            levers = {"ema": 0.0, "ternary_from": 0, "ternary_ramp": 0, "requantize_every": 1, "optimizer": "adamw"}
+            for name, off in levers.items():
                 value = getattr(self.config, name)
                 if value != off:
                     raise ConfigError(f"{name} {value} is for training all weights: these are frozen beside adapters")
@@ -188,7 +193,10 @@ class Trainer:
                     callback.on_start(self)
                 while self.pending is not None or not self.over:
                     try:
-                        self._finish(self.pending or self._train_step())
+                        if self.pending is None:
+                            with self.codes.in_force(self.step):
+                                self.pending = self._train_step()
+                        self._finish(self.pending)
                     except Trouble as trouble:
                         recovery.recover(self, trouble)
                 complete = True
@@ -274,7 +282,8 @@ class Trainer:
             self.optimizer.step(lr, weight_decay)
             if self.average is not None:
                 self.average.update(self.step)
-            # Requantizes now, not in the next forward pass: flips are this step's.
+            self.codes.after(self.step)
+            # Requantizes now, not in the next forward pass: flips are this step's, none while codes are held.
             layers = [(name, layer.ternary_stats()) for name, layer in self.model.bitlinears()]
             codes = TernaryStats.total(stats for _, stats in layers)
             if c.layer_stats:

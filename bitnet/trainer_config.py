@@ -42,6 +42,7 @@ class TrainerConfig:
     ema: float = option(0.0, "decay of averaged weights, such as 0.999, evaluated and saved too; 0: none")
     ternary_from: int = option(0, "step from which layers are ternary; before, full precision on the same weights")
     ternary_ramp: int = option(0, "steps over which they become so, from ternary_from on; evaluations always are")
+    requantize_every: int = option(1, "steps that multiply the same ternary codes, until they are made anew")
     teacher: str | None = option(None, "run, such as a --twin, whose probabilities are learned from beside the text")
     distill: float = option(0.5, "with a teacher: the share of its probabilities in the loss")
     temperature: float = option(1.0, "with a teacher: what both models' logits are divided by")
@@ -74,7 +75,9 @@ class TrainerConfig:
     compare: str | None = option(None, "another run (a twin) to draw beside this one in the pictures", True)
 
     def __post_init__(self) -> None:
-        ones = dict.fromkeys("batch_size grad_accum seq_len keep steps eval_every save_every".split(), 1)
+        ones = dict.fromkeys(
+            "batch_size grad_accum seq_len keep steps eval_every save_every requantize_every".split(), 1
+        )
         zeros = dict.fromkeys("warmup eval_blocks sample_tokens weight_decay clip min_lr seed".split(), 0)
         zeros |= dict.fromkeys("ternary_from ternary_ramp layer_stats spike rollbacks patience".split(), 0)
         for name, minimum in {**ones, **zeros}.items():

@@ -174,3 +174,13 @@ bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, 
     }
     return bn_tape_run(&n, out);
 }
+
+bn_status bn_cross_entropy_losses(const bn_tensor *loss, bn_tensor **out) {
+    const bn_node *maker = bn_tape_maker(loss);
+    if (maker == NULL || maker->op != &bn_op_cross_entropy) {
+        return bn_fail(BN_ERR_STATE, "row_losses: this tensor was made by %s, not by a cross_entropy on a tape",
+                       maker == NULL ? "no recorded op" : maker->op->name);
+    }
+    *out = bn_tensor_retain(maker->saved[LOSSES]);
+    return BN_OK;
+}

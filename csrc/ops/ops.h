@@ -59,5 +59,9 @@ BN_CHECKED bn_status bn_convert(bn_tensor *x, bn_dtype dtype, bn_tensor **out);
  * full precision or, with `ternary`, a bitlinear. Logits exist only for a chunk of rows at a time. */
 BN_CHECKED bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor *targets, bool ternary,
                                       bn_tensor **out);
+/* Returns new: f32 (rows), the loss of each target (0 of one that is skipped) in the last forward pass of the
+ * cross_entropy that made `loss`. Not an op: the op's own memory, which each replay writes. BN_ERR_STATE if no
+ * cross_entropy on a tape made it. */
+BN_CHECKED bn_status bn_cross_entropy_losses(const bn_tensor *loss, bn_tensor **out);
 
 #endif

@@ -335,6 +335,59 @@ static PyObject *for_each(PyObject *module, PyObject *sequence, bn_status (*fn)(
     return none_or_raise(module, status);
 }
 
+static PyObject *row_losses(PyObject *module, PyObject *object) {
+    const bn_tensor *loss = bn_unwrap(bn_state(module), object, "loss");
+    if (loss == NULL) {
+        return NULL;
+    }
+    bn_tensor *out;
+    const bn_status status = bn_cross_entropy_losses(loss, &out);
+    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
+}
+
+/* ---- held codes: of sequences of weights, so that no signal finds half of a model's exchanged ------------------- */
+
+static PyObject *hold_ternary(PyObject *module, PyObject *weights) {
+    return for_each(module, weights, bn_ternary_hold);
+}
+
+static bn_status use_held(bn_tensor *weight) { return bn_ternary_use_held(weight, true); }
+static bn_status use_present(bn_tensor *weight) { return bn_ternary_use_held(weight, false); }
+
+static PyObject *use_held_ternary(PyObject *module, PyObject *args) {
+    PyObject *weights;
+    int held;
+    if (!PyArg_ParseTuple(args, "Op:use_held_ternary", &weights, &held)) {
+        return NULL;
+    }
+    return for_each(module, weights, held ? use_held : use_present);
+}
+
+static bn_status release_held(bn_tensor *weight) {
+    bn_ternary_release(weight);
+    return BN_OK;
+}
+
+static PyObject *release_ternary(PyObject *module, PyObject *weights) {
+    return for_each(module, weights, release_held);
+}
+
+static PyObject *hold_ternary_codes(PyObject *module, PyObject *args) {
+    PyObject *object, *held;
+    float scale;
+    if (!PyArg_ParseTuple(args, "OOf:hold_ternary_codes", &object, &held, &scale)) {
+        return NULL;
+    }
+    bn_tensor *weight = bn_unwrap(bn_state(module), object, "weight");
+    const bn_tensor *codes = weight == NULL ? NULL : bn_unwrap(bn_state(module), held, "codes");
+    if (codes == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_hold_codes(weight, codes, scale));
+    return none_or_raise(module, status);
+}
+
 static bn_status mark_zero(bn_tensor *t) {
     t->grad_is_stale = t->grad != NULL;
     return BN_OK;
@@ -616,6 +669,13 @@ PyMethodDef bn_core_methods[] = {
     {"prepare_fifths", prepare_fifths, METH_VARARGS, "The same of (fifths, rows, cols, scale, layout)."},
     {"compact", compact, METH_VARARGS, "An output matrix in 8 or 6 bits a weight; with screen, beside its exact form."},
     {"ternary_layout", ternary_layout, METH_O, "The layout of a prepared weight, None of a latent one."},
+    {"row_losses", row_losses, METH_O, "The losses of single targets, of a loss that a cross_entropy made on a tape."},
+    {"hold_ternary", hold_ternary, METH_O, "Holds the present codes of latent weights, whatever is written to them."},
+    {"hold_ternary_codes", hold_ternary_codes, METH_VARARGS,
+     "Holds these i8 codes and this scale for a latent weight."},
+    {"use_held_ternary", use_held_ternary, METH_VARARGS,
+     "Whether latent weights multiply their held codes or the present ones."},
+    {"release_ternary", release_ternary, METH_O, "Lets go of the codes that latent weights hold."},
     {"pack_ternary", pack_ternary, METH_O, "i8 codes as a ternary2 tensor, four a byte."},
     {"flatten", flatten, METH_O, "Moves parameters into one buffer; returns (flat values, flat gradients)."},
     {"zero_grad", zero_grad, METH_O, "Marks the gradients of tensors as zero."},

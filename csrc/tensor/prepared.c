@@ -5,7 +5,7 @@
 #include "tensor/ternary_weight.h"
 
 /* The kernel's tally keeps no count of codes out of range: bytes are looked at here. */
-static bn_status require_codes(const bn_tensor *codes) {
+bn_status bn_ternary_require_codes(const bn_tensor *codes) {
     for (int64_t i = 0; i < codes->count; i++) {
         const int8_t code = bn_i8(codes)[i];
         if (code < -1 || code > 1) {
@@ -46,7 +46,7 @@ static bn_status fill(const bn_ternary_source *source, bn_ternary *t) {
 
 bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form, bn_tensor **out) {
     if (source->codes != NULL) {
-        BN_TRY(require_codes(source->codes));
+        BN_TRY(bn_ternary_require_codes(source->codes));
     }
     const int64_t shape[] = {source->rows, source->cols};
     BN_TRY(bn_tensor_new(bn_cpu_backend(), BN_PREPARED, 2, shape, out));

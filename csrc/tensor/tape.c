@@ -203,6 +203,10 @@ const char *bn_tape_op_name(const bn_tape *tape, int64_t node) {
     return tape->nodes[node].op == NULL ? "consumed" : tape->nodes[node].op->name;
 }
 
+const bn_node *bn_tape_maker(const bn_tensor *tensor) {
+    return tensor->tape == NULL ? NULL : &tensor->tape->nodes[tensor->node];
+}
+
 static bn_status append(bn_tape *tape, const bn_node *node) {
     if (tape->length == tape->capacity) {
         int64_t capacity = bn_max_i64(64, 2 * tape->capacity);

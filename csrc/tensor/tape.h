@@ -96,6 +96,8 @@ bn_tape *bn_tape_suspend(void);
 void bn_tape_resume(bn_tape *tape);
 int64_t bn_tape_length(const bn_tape *tape);
 const char *bn_tape_op_name(const bn_tape *tape, int64_t node);
+/* Borrows: the node that made a tensor, NULL for a leaf. */
+const bn_node *bn_tape_maker(const bn_tensor *tensor);
 
 /* Runs every recorded op again, in order, into the same tensors. */
 BN_CHECKED bn_status bn_tape_replay(bn_tape *tape);

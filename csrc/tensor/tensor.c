@@ -95,6 +95,7 @@ void bn_tensor_release(bn_tensor *tensor) {
     }
     bn_tensor_release(tensor->grad);
     bn_ternary_free(tensor->ternary);
+    bn_ternary_free(tensor->aside);
     bn_quantized_free(tensor->quantized);
     bn_compact_free(tensor->compact);
     bn_storage_release(tensor->storage);

@@ -33,6 +33,7 @@ typedef struct bn_tensor {
     atomic_int handles; /* Python objects that hold this tensor */
 
     bn_ternary *ternary; /* this weight's ternary codes, prepared for dot products; NULL unless a bitlinear read it */
+    bn_ternary *aside;   /* the other form of a weight whose codes are held (held_weight.c); NULL otherwise */
     bn_quantized *quantized; /* this activation's int8 form; NULL unless a bitlinear read it */
     bn_compact *compact;     /* what an output matrix of dtype compact is */
 } bn_tensor;

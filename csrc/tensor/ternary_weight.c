@@ -60,6 +60,9 @@ bn_status bn_ternary_refresh(bn_tensor *weight) {
         return BN_OK;
     }
     const uint64_t version = bn_storage_version(weight->storage);
+    if (weight->ternary != NULL && weight->ternary->is_held) {
+        return BN_OK;
+    }
     if (weight->ternary != NULL && weight->ternary->version == version && !bn_storage_is_exported(weight->storage)) {
         return BN_OK;
     }
@@ -189,7 +192,7 @@ bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out) {
         out->minus += tally[4 * r];
         out->zero += tally[4 * r + 1];
         out->plus += tally[4 * r + 2];
-        out->flipped += t->refreshes > 1 ? tally[4 * r + 3] : 0;
+        out->flipped += t->refreshes > 1 && !t->is_held ? tally[4 * r + 3] : 0;
     }
     free(tally);
     return status;

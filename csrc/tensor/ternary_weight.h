@@ -1,7 +1,8 @@
 /*
  * ternary_weight.h: the ternary form of a latent weight (rows, cols), kept beside it: its codes in
  * panels, the scale (mean |W|) and a tally. Made when a bitlinear first reads the weight and
- * again whenever the weight's storage has a new version: once per optimizer step, not once per micro-batch.
+ * again whenever the weight's storage has a new version: once per optimizer step, not once per micro-batch; or less
+ * often, where the codes are held.
  */
 #ifndef BN_TENSOR_TERNARY_WEIGHT_H
 #define BN_TENSOR_TERNARY_WEIGHT_H
@@ -14,19 +15,21 @@ struct bn_ternary {
     bn_tensor *scale;    /* f32 (1) */
     bn_tensor *tally;    /* i32 (rows, 4): minus, zero, plus, flipped at the last refresh */
     bn_storage *partial; /* doubles: block sums of |W| */
-    uint64_t version;    /* of the weight's storage; 0 before the first refresh */
+    uint64_t version;    /* of the weight's storage; 0: of none, as before the first refresh */
     uint64_t refreshes;
+    bool is_held; /* not made again, whatever is written to the weight */
     bn_code_form
         form; /* of the panels; BN_CODES_8 but for a prepared weight, which has no turned, partial or version */
 };
 
-/* Sums of the tally: how many codes are -1, 0, +1, and how many changed at the last refresh (0 at the first). */
+/* Sums of the tally: how many codes are -1, 0, +1, and how many changed at the last refresh (0 at the first,
+ * and while they are held). */
 typedef struct bn_ternary_stats {
     int64_t minus, zero, plus, flipped;
     float scale;
 } bn_ternary_stats;
 
-/* weight: f32 (rows, cols), or prepared. On return weight->ternary matches the weight's present values. */
+/* weight: f32 (rows, cols), or prepared. On return weight->ternary matches the weight's present values, or is held. */
 BN_CHECKED bn_status bn_ternary_refresh(bn_tensor *weight);
 /* Codes of a weight that was quantized elsewhere, in host memory: as i8 (rows, cols), or as fifths (kernels.h,
  * prepare_codes), of which there are ceil(rows * cols / 5) bytes. */
@@ -41,7 +44,22 @@ typedef struct bn_ternary_source {
 BN_CHECKED bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form, bn_tensor **out);
 /* Returns new: the codes row by row, i8 (rows, cols), in host memory. */
 BN_CHECKED bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out);
+/* BN_ERR_VALUE names the first of host codes i8 that is none of -1, 0 and 1. */
+BN_CHECKED bn_status bn_ternary_require_codes(const bn_tensor *codes);
 BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);
+/*
+ * Codes that are held stay as they are, whatever is written to the weight, until they are released. weight: f32. Beside
+ * them the weight has the codes of its present values, as ever: bn_ternary_use_held says which of the two all that
+ * reads the weight's codes finds. Holding selects the held ones.
+ */
+/* Holds the codes of the present values, in place of those held before. */
+BN_CHECKED bn_status bn_ternary_hold(bn_tensor *weight);
+/* Holds these codes, i8 of the weight's shape in host memory, and scale. BN_ERR_VALUE for what is no code. */
+BN_CHECKED bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, float scale);
+/* BN_ERR_STATE for held codes of a weight that has none. */
+BN_CHECKED bn_status bn_ternary_use_held(bn_tensor *weight, bool held);
+/* The next refresh makes the codes anew, and counts how many of the held ones it changes. */
+void bn_ternary_release(bn_tensor *weight);
 /* Accepts NULL. */
 void bn_ternary_free(bn_ternary *ternary);
 
