@@ -67,6 +67,7 @@ class Progress(Callback):
     def __init__(self) -> None:
         self._bar: Any = None
         self._loss: float | None = None
+        self._sources: dict[str, float] = {}  # smoothed training losses of a mixture's sources
         self._shown: dict[str, str] = {}
         self._log: Callable[[str], None] = print
 
@@ -81,19 +82,32 @@ class Progress(Callback):
                 disable=not wanted, dynamic_ncols=True, smoothing=0.1,
             )  # fmt: skip
         self._log, self._shown = trainer.log, {}
-        losses = [record["train_loss"] for record in trainer.history]
-        self._loss = smoothed(losses)[-1] if losses else None
+        self._look_back(trainer)
         if wanted and trainer.log is print:
             trainer.log = self._bar.write
 
-    def on_step(self, trainer: Trainer, record: Record) -> None:
+    def _look_back(self, trainer: Trainer) -> None:
+        """The smoothed losses as the history left them."""
+        self._loss, self._sources = None, {}
+        for record in trainer.history:
+            self._follow(record)
+
+    def _follow(self, record: Record) -> None:
         self._loss = smoothed([record["train_loss"]], self._loss)[0]
+        for name, loss in record.get("train_loss_by_source", {}).items():
+            self._sources[name] = smoothed([loss], self._sources.get(name))[0]
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        self._follow(record)
         shown = self._shown
         shown["loss"] = f"{self._loss:.3f}"
         if record["val_loss"] is not None:
             shown["val"] = f"{record['val_loss']:.3f}"
             if "val_loss_ema" in record:
                 shown["ema"] = f"{record['val_loss_ema']:.3f}"
+            for name, loss in record.get("val_loss_by_source", {}).items():
+                trained = f"{self._sources[name]:.3f}" if name in self._sources else "-"
+                shown[f"of {name}"] = f"{trained}/{loss:.3f}"  # training and validation
             shown["ppl"] = f"{record['perplexity']:.4g}"
         shown["tokens/s"] = f"{record['tokens_per_second']:,.0f}"
         shown["mfu"] = f"{record['mfu']:.1%}"
@@ -108,7 +122,7 @@ class Progress(Callback):
 
     def on_event(self, trainer: Trainer, event: Record) -> None:
         if event["event"] == "rollback":
-            self._loss = smoothed([record["train_loss"] for record in trainer.history] or [0.0])[-1]
+            self._look_back(trainer)
             self._bar.n = trainer.step
             self._bar.refresh()
 

@@ -33,7 +33,9 @@ def _package(name: str, extra: str) -> Any:
 def scalars(record: Record, layers: Record | None) -> Iterator[tuple[str, float]]:
     """The numbers of a step under the names they get in the pages; layers: its record of layers, if it has one."""
     for name, value in record.items():
-        if value is not None and name != "step":
+        if isinstance(value, dict):  # of a mixture: by source
+            yield from ((f"{name}/{key}", float(part)) for key, part in value.items())
+        elif value is not None and name != "step":
             yield name, float(value)
     for layer, values in (layers or {"layers": {}})["layers"].items():
         for name in ("zero", "flip", "scale"):

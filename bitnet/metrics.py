@@ -13,7 +13,8 @@ from typing import Any
 
 # Of one step: step, tokens, train_loss, val_loss, perplexity, perplexity_ema (of the averaged training loss),
 # tokens_per_second, mfu (share of the machine's measured peak, bitnet/mfu.py), lr, grad_norm, zero_share, flip_share,
-# seconds, memory (bytes); of a mixture's evaluations also val_loss_by_source; where the options ask for them,
+# seconds, memory (bytes); of a mixture also train_loss_by_source (of the sources in the step) and, of its evaluations,
+# val_loss_by_source; where the options ask for them,
 # val_loss_ema (of the averaged weights, bitnet/ema.py) and ternary_share (bitnet/ramp.py).
 Record = dict[str, Any]
 

@@ -38,6 +38,7 @@ class RecordedLoss:
         self._objective, self._prepare = objective, prepare
         self._tokens, self._targets = ops.zeros((batch_size, seq_len), "i32"), ops.zeros((batch_size, seq_len), "i32")
         self._tape: _core.Tape | None = None
+        self._losses: Tensor | None = None
 
     def __call__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
         """Mean loss in nats over targets that are not -100; backward() then has its gradient."""
@@ -56,3 +57,9 @@ class RecordedLoss:
                 self.loss, self._shown = self._objective(self._tokens, self._targets)
         self._tape = tape
         return self._shown.item()
+
+    def losses(self) -> np.ndarray[Any, Any]:
+        """The loss of each target of the last call, f32 (B, T), 0 where a target is -100; copied, not computed."""
+        if self._losses is None:
+            self._losses = _core.row_losses(self._shown)
+        return self._losses.numpy(copy=True).reshape(self._targets.shape)

@@ -17,6 +17,7 @@ from bitnet.report_heat import BLUE, GREEN, GREY, ORANGE, VIOLET, heat_map, scal
 from bitnet.report_text import escape, percent
 
 MOST_EXTRA = 12  # curves that this version has no words for
+MOST_SOURCES = 12  # of a mixture, two curves each
 MOST_EVENT_LINES = 200
 MOST_FAINT = 6  # runs whose single steps are drawn behind the smoothed curves
 
@@ -34,6 +35,7 @@ OTHERS: tuple[Spec, ...] = (
     ("mfu", "MFU", "share of the machine's measured peak", {"form": percent, "zero": True}),
 )
 SMOOTH = ("val_loss", "lr")  # by themselves; the others are noisy
+BY_SOURCE = {"val_loss_by_source.": "Validation loss of", "train_loss_by_source.": "Training loss of"}
 KNOWN = {spec[0] for spec in (*LOSSES, *OTHERS)} | {"step", "tokens", "perplexity", "seconds", "memory"}
 AXES = {"step": "steps", "tokens": "tokens"}
 
@@ -63,10 +65,17 @@ class Shown:
 
 def curves(shown: Sequence[Shown]) -> str:
     """The section of curves."""
-    extra = dict.fromkeys(name for one in shown for name in one.run.curves if name not in KNOWN)
+    names = dict.fromkeys(name for one in shown for name in one.run.curves)
+    sources = dict.fromkeys(name.partition(".")[2] for name in names if name.startswith(tuple(BY_SOURCE)))
+    parts: list[Spec] = [
+        (prefix + source, f"{title} {source}", "nats per token", {})
+        for source in list(sources)[:MOST_SOURCES]
+        for prefix, title in BY_SOURCE.items()
+    ]
+    extra = dict.fromkeys(name for name in names if name not in KNOWN and not name.startswith(tuple(BY_SOURCE)))
     more: list[Spec] = [(name, name.replace("_", " "), "", {}) for name in list(extra)[:MOST_EXTRA]]
     large = [_curve_figure(shown, spec) for spec in LOSSES]
-    small = [_curve_figure(shown, spec) for spec in (*OTHERS, *more)]
+    small = [_curve_figure(shown, spec) for spec in (*parts, *OTHERS, *more)]
     gap = _gap_figure(shown)
     if gap:  # three of one size make the first row
         large, small = [], [large[0], gap, large[1], *small]
@@ -98,12 +107,13 @@ def _controls(shown: Sequence[Shown]) -> str:
 
 def _curve_figure(shown: Sequence[Shown], spec: Spec) -> str:
     name, title, about, options = spec
+    held_out = name == "val_loss" or name.startswith("val_loss_by_source.")
     charts = []
     for axis, unit in AXES.items():
         drawn = [
             Curve(
                 one.run.curves[axis], one.run.curve(name), one.css, one.run.name,
-                raw=name not in SMOOTH, faint=len(shown) <= MOST_FAINT, dots=name == "val_loss",
+                raw=name not in SMOOTH and not held_out, faint=len(shown) <= MOST_FAINT, dots=held_out,
             )
             for one in shown
         ]  # fmt: skip

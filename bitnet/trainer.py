@@ -37,6 +37,7 @@ from bitnet.ramp import blended, ternary_share
 from bitnet.recorded_loss import RecordedLoss
 from bitnet.requantize import HeldCodes
 from bitnet.rows import IGNORE
+from bitnet.source_loss import SourceLoss
 from bitnet.stability import LossWatch, Trouble, describe
 from bitnet.tokenizer import Tokenizer
 from bitnet.trainer_config import DEFAULT_STEPS, OPTIMIZERS, TrainerConfig
@@ -266,11 +267,14 @@ class Trainer:
         loss = 0.0
         batches = [self.loader.batch(self.position + micro) for micro in range(c.grad_accum)]
         counts = [_targeted(targets) for _, targets in batches]
-        for batch, count in zip(batches, counts, strict=True):
+        by_source = self._source_loss()
+        for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             share = count / sum(counts)  # the mean of means, so weighted, is the mean over the step's targets
             loss += self._loss(*batch) * share
             if not math.isfinite(loss):
                 raise Trouble(self.step + 1, f"the loss is {loss}", recovery.first_bad(self, [batch], ternary))
+            if by_source is not None:
+                by_source.add(self.loader.numbers(self.position + micro), self._loss.losses(), batch[1])
             self._loss.loss.backward(share)
         norm = self.optimizer.clip_grad_norm(c.clip)
         if not math.isfinite(norm):
@@ -310,6 +314,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "memory": _core.memory_stats()["high_water"],
             }
+            if by_source is not None:
+                self.pending["train_loss_by_source"] = by_source.means()
             if self.average is not None:
                 self.pending["val_loss_ema"] = None
             if c.ternary_from or c.ternary_ramp:
@@ -317,6 +323,13 @@ class Trainer:
             if spike is not None:
                 self.report({"event": "spike", "step": self.step, "reason": spike})
         return self.pending
+
+    def _source_loss(self) -> SourceLoss | None:
+        """Of a mixture: what takes the loss of a step apart."""
+        if not isinstance(self.dataset, Mixture) or len(self.dataset.sources) == 1:
+            return None
+        assert isinstance(self.loader.rows, MixtureRows)
+        return SourceLoss(self.loader.rows, [source.name for source in self.dataset.sources])
 
     def _finish(self, record: Record) -> None:
         """All that follows an update: evaluation, log, checkpoint. Repeated whole if it was interrupted."""

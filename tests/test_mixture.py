@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet import BitNetConfig, BitNetForCausalLM
+from bitnet import BitNetConfig, BitNetForCausalLM, _core, nn, ops
 from bitnet.data import DataLoader, ShardDataset, pack
 from bitnet.errors import CheckpointError, ConfigError, DataError
+from bitnet.loggers import scalars
 from bitnet.metrics import read_metrics
 from bitnet.mixture import BLOCK, Mixture, MixtureRows, Source, is_mixture
+from bitnet.report_data import read_runs
+from bitnet.report_page import page
 from bitnet.train import main
 from bitnet.trainer import Trainer
 from bitnet.trainer_config import TrainerConfig
@@ -218,6 +222,74 @@ def test_a_mixture_trains_with_the_loss_of_each_source(packs: dict[str, ShardDat
     trainer(mix, tmp_path / "run", 8).fit(resume=True)
     with pytest.raises(ConfigError, match="50 steps read 100 rows, and the epoch caps allow"):
         trainer(mixture(packs, a=(0.5, 0.1), c=(0.5, 0.1)), tmp_path / "short", 50).fit()
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_accum": 2, "precision": "fp32", "documents": "separate"}])
+def test_a_step_has_the_loss_of_each_source(
+    packs: dict[str, ShardDataset], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """What the model, before the step, loses on the rows of one source; together, by targets, they are the whole."""
+    mix = mixture(packs, a=0.6, b=0.25, c=0.15)
+    run = trainer(mix, tmp_path / "run", eval_every=2, **options)
+    micro = run.config.grad_accum
+    rows: list[tuple[str, Any, Any]] = []
+    for position in range(micro):
+        tokens, targets = run.loader.batch(position)
+        rows += zip(letters(tokens), tokens, targets, strict=True)
+    with ops.no_grad():
+        losses = {
+            name: run.model(*(np.stack([row[part] for row in rows if row[0] == name]) for part in (1, 2))).item()
+            for name in {row[0] for row in rows}
+        }
+    counts = {name: sum((row[2] != -100).sum() for row in rows if row[0] == name) for name in losses}
+    history = run.fit()
+    record = history[0]["train_loss_by_source"]
+    assert record == pytest.approx(losses, rel=2e-2 if run.config.precision == "fast" else 1e-5)  # logits in bf16
+    assert list(record) == sorted(record)
+    whole = sum(losses[name] * counts[name] for name in losses) / sum(counts.values())
+    parts = sum(record[name] * counts[name] for name in record) / sum(counts.values())
+    assert history[0]["train_loss"] == pytest.approx(parts, rel=1e-6)
+    assert history[0]["train_loss"] == pytest.approx(whole, rel=2e-2)
+    assert {name for one in history for name in one["train_loss_by_source"]} == {"a", "b", "c"}
+    kept = [one["train_loss_by_source"] for one in history]
+    again = trainer(mix, tmp_path / "run", **{**options, "steps": 7, "eval_every": 2})
+    again.fit(resume=True)
+    assert [one["train_loss_by_source"] for one in again.history[:6]] == kept
+    shown = dict(scalars(history[1], None))
+    assert shown["train_loss_by_source/a"] == history[1]["train_loss_by_source"]["a"]
+    assert shown["val_loss_by_source/b"] == history[1]["val_loss_by_source"]["b"]
+
+
+def test_one_source_is_no_mixture_of_losses(packs: dict[str, ShardDataset], tmp_path: Path) -> None:
+    assert "train_loss_by_source" not in trainer(mixture(packs, a=1.0), tmp_path, 1).fit()[0]
+
+
+def test_sources_are_shown(packs: dict[str, ShardDataset], tmp_path: Path) -> None:
+    run = trainer(mixture(packs, a=0.75, b=0.25), tmp_path / "run")
+    lines: list[str] = []
+    run.log = lines.append
+    losses = run.fit()[-1]["val_loss_by_source"]
+    (last,) = [line for line in lines if line.startswith("step 6/6")]
+    assert re.search(rf"of a \d\.\d\d\d/{losses['a']:.3f}  of b \d\.\d\d\d/{losses['b']:.3f}", last)
+    text = page(read_runs([str(tmp_path / "run")]))
+    titles = [re.sub("<.*", "", part) for part in text.split("<figcaption>")[1:]]
+    wanted = [f"{what} loss of {name}" for name in "ab" for what in ("Validation", "Training")]
+    assert [title for title in titles if " loss of " in title] == wanted
+
+
+def test_losses_of_targets_are_those_of_the_op(packs: dict[str, ShardDataset]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = ops.tensor(rng.standard_normal((6, 8)).astype(np.float32)), nn.Linear(8, 11).weight
+    targets = np.array([3, -100, 10, 0, 5, -100], np.int32)
+    logits = x.numpy() @ weight.numpy(copy=True).T
+    lost = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), np.maximum(targets, 0)]
+    loss = ops.cross_entropy(x, weight, targets)
+    assert np.allclose(_core.row_losses(loss).numpy(copy=True), np.where(targets < 0, 0, lost), atol=1e-5)
+    with pytest.raises(RuntimeError, match="this tensor was made by scale, not by a cross_entropy on a tape"):
+        _core.row_losses(_core.scale(loss, 2.0))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="made by no recorded op, not by a cross_entropy"):
+        _core.row_losses(loss)
 
 
 def test_command_line(packs: dict[str, ShardDataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
