@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.errors import BitnetError
+from bitnet.machine import FILE as MACHINES
+from bitnet.machine import machine_record
 from bitnet.metrics import LineFile, Record, smoothed
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def standard_callbacks(
         return [Progress()]
     # Metrics first: it restores the history that the others look at.
     files: list[Callback] = [Metrics(out / "metrics.jsonl"), Progress(), Samples(out / "samples.txt")]
-    files.append(Layers(out / "layers.jsonl"))
+    files += [Layers(out / "layers.jsonl"), Machines(out / MACHINES)]
     if plots:
         files.append(Pictures(out / "plots"))
     if tensorboard or wandb is not None:
@@ -171,6 +173,20 @@ class Layers(Callback):
     def on_event(self, trainer: Trainer, event: Record) -> None:
         if event["event"] == "rollback":
             self.on_start(trainer)
+
+    def on_end(self, trainer: Trainer, complete: bool) -> None:
+        self._file.close(trainer.log)
+
+
+class Machines(Callback):
+    """machines.jsonl: a line for each machine and time the run began or went on (bitnet/machine.py)."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._file.cut(sys.maxsize, 0)  # nothing but a line that a crash cut short
+        self._file.add(machine_record(trainer.logged_step), trainer.log)
 
     def on_end(self, trainer: Trainer, complete: bool) -> None:
         self._file.close(trainer.log)

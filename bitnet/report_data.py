@@ -20,6 +20,8 @@ import numpy as np
 from bitnet.checkpoint import STATE, WEIGHTS, folder_of, steps
 from bitnet.errors import ConfigError
 from bitnet.formats.hf_config import CONFIG
+from bitnet.machine import FILE as MACHINES
+from bitnet.machine import one_line
 from bitnet.metrics import Record, read_lines
 from bitnet.shard import MANIFEST
 
@@ -29,6 +31,7 @@ MOST_LAYER_STEPS = 120  # columns of a heat map
 MOST_SAMPLES = 8
 SAMPLE_CHARACTERS = 1200
 MOST_LAYERS = 2000
+MOST_MACHINES, MACHINE_CHARACTERS = 4, 120
 LARGEST = 1e30  # of a number that is drawn; beyond, a sum of two might not be a number
 BINS = 64  # of a layer's histogram, from -3 to 3 scales
 # Options that say where a run lies and how it is shown, not what it computes.
@@ -81,7 +84,7 @@ class Run:
     checkpoints: list[SavedStep]
     manifest: dict[str, Any]  # of the packed text
     parameters: int | None
-    machine: str | None
+    machine: str | None  # or several, in their order
     layers: Layers | None
     notes: list[str] = field(default_factory=list)
 
@@ -145,7 +148,8 @@ def read_run(folder: str | Path) -> Run:
         checkpoints=saved,
         manifest=_manifest(folder, options, notes),
         parameters=None if newest is None else _parameters(newest / WEIGHTS),
-        machine=next((str(record["machine"]) for record in (state, *events) if record.get("machine")), None),
+        machine=_machines(folder, notes)
+        or next((str(one["machine"]) for one in (state, *events) if one.get("machine")), None),
         layers=_layers(folder / "layers.jsonl", notes),
         notes=notes,
     )
@@ -233,6 +237,18 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _numbers(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield prefix + str(name), float(value) if abs(value) < LARGEST else math.nan
+
+
+def _machines(folder: Path, notes: list[str]) -> str | None:
+    """Those of machines.jsonl, each once, in the order in which the run came to them; None without any."""
+    try:
+        records = read_lines(folder / MACHINES)
+    except OSError as error:
+        notes.append(f"{MACHINES} cannot be read: {_first_line(error)}")
+        records = []
+    names = list(dict.fromkeys(filter(None, map(one_line, records))))
+    more = f" and {len(names) - MOST_MACHINES} more" if len(names) > MOST_MACHINES else ""
+    return "; then ".join(name[:MACHINE_CHARACTERS] for name in names[:MOST_MACHINES]) + more or None
 
 
 def _options(folder: Path, notes: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 RUN/train.yaml      every option as used        RUN/data/         the packed text (unless --data is a pack)
 RUN/checkpoints/    see bitnet/checkpoint.py    RUN/metrics.jsonl, layers.jsonl, samples.txt, plots/*.png
+                                                RUN/machines.jsonl  where it ran
 """
 
 from __future__ import annotations

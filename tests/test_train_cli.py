@@ -48,7 +48,7 @@ def test_a_whole_run(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (*chosen, f"next: python -m bitnet.generate {folder} -p"):
         assert words in out
     names = sorted(path.name for path in folder.iterdir())
-    assert names == "checkpoints data layers.jsonl metrics.jsonl plots samples.txt train.yaml".split()
+    assert names == "checkpoints data layers.jsonl machines.jsonl metrics.jsonl plots samples.txt train.yaml".split()
     records = read_metrics(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record["val_loss"] > 0 and record["tokens_per_second"] > 0 for record in records)  # evaluated every step
