@@ -41,6 +41,7 @@ def spike(t: Trainer, loss: float) -> str | None:
 def recover(t: Trainer, trouble: Trouble) -> None:
     """Back to the last checkpoint and past the batches since then; without one, past the batch of this step.
 
+    Where that leaves no rows under a mixture's epoch caps, the run ends at the step that it went back to.
     Raises DivergenceError if neither can be, or all rollbacks are used up.
     """
     c = t.config
@@ -76,6 +77,12 @@ def recover(t: Trainer, trouble: Trouble) -> None:
         t.report(event)
         t.over = False  # where time is up, one more step ends the run as usual: evaluated and saved
         t.seconds += time.perf_counter() - start
+        short = t.out_of_rows()
+        if short is not None:
+            t.over = True
+            t.report({"event": "early_stop", "step": t.step, "reason": f"step {t.step}: {short}"})
+            if t.out is not None:
+                t.save(due=True)  # with the position past all rows: a resumed run has nothing left to do
 
 
 def _advice(t: Trainer) -> str:

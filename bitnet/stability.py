@@ -12,7 +12,7 @@ and rises back to it until step `until`, at the end of a second warm-up that is 
 
     {"event": "skip", ...}     the same, where no checkpoint was: `to` is the step before, since nothing was updated
     {"event": "spike", ...}    a spike that was trained through: no checkpoint yet, or all rollbacks used up
-    {"event": "early_stop", ...}
+    {"event": "early_stop", ...}    out of patience, or, where batches were skipped, out of a mixture's capped rows
 
 Everything here is a function of the losses and the options, so a run that was killed repeats its rollbacks exactly.
 """

@@ -252,7 +252,21 @@ class Trainer:
         c = self.config
         assert c.steps is not None
         late = c.minutes is not None and self.seconds >= 60 * c.minutes
-        return self.step >= c.steps or late or 0 < c.patience <= self.stale
+        return self.step >= c.steps or late or 0 < c.patience <= self.stale or self.out_of_rows() is not None
+
+    def out_of_rows(self) -> str | None:
+        """A clause, where the epoch caps of a mixture leave no rows for another step; else None.
+
+        A plan fits into the caps, but batches that a rollback skipped are gone: the run ends that much earlier.
+        """
+        rows = self.loader.rows
+        if not isinstance(rows, MixtureRows) or rows.limit is None:
+            return None
+        first, needed = self.position * self.config.batch_size, self.config.grad_accum * self.config.batch_size
+        if first + needed <= rows.limit:
+            return None
+        left = max(0, rows.limit - first)
+        return f"the epoch caps leave {left} of {rows.limit} rows, and a step reads {needed}"
 
     def _train_step(self) -> Record:
         """One update. Nothing that lasts is changed before both loss and gradient norm are known to be numbers."""
@@ -368,9 +382,13 @@ class Trainer:
             if self.layers is not None:
                 self.flips = {}
             self.seconds += time.perf_counter() - start
+            assert c.steps is not None
+            short = self.out_of_rows()
             if stop:
                 reason = f"step {self.step}: {stale} evaluations without a validation loss below {lowest}"
                 self.report({"event": "early_stop", "step": self.step, "reason": reason})
+            elif short is not None and self.step < c.steps:
+                self.report({"event": "early_stop", "step": self.step, "reason": f"step {self.step}: {short}"})
         if self.keeper.writer.done:
             self.keeper.settle()
         if self.out is not None and (self.over or self.step % c.save_every == 0):

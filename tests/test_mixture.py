@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet import BitNetConfig, BitNetForCausalLM, _core, nn, ops
+from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, nn, ops
+from bitnet.callbacks import Callback
 from bitnet.data import DataLoader, ShardDataset, pack
 from bitnet.errors import CheckpointError, ConfigError, DataError
 from bitnet.loggers import scalars
-from bitnet.metrics import read_metrics
+from bitnet.metrics import read_events, read_metrics
 from bitnet.mixture import BLOCK, Mixture, MixtureRows, Source, is_mixture
 from bitnet.report_data import read_runs
 from bitnet.report_page import page
@@ -290,6 +291,53 @@ def test_losses_of_targets_are_those_of_the_op(packs: dict[str, ShardDataset]) -
     loss.backward()
     with pytest.raises(RuntimeError, match="made by no recorded op, not by a cross_entropy"):
         _core.row_losses(loss)
+
+
+class Break(Callback):
+    """Makes a weight no number when a step is done, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if record["step"] == self.step:
+            self.step = -1
+            trainer.model.model.norm.weight.copy_(np.full(32, np.nan, np.float32))
+
+
+@pytest.mark.parametrize("broken", [7, -1], ids=["some rows left", "none left"])
+def test_a_rollback_never_leads_past_the_caps(packs: dict[str, ShardDataset], tmp_path: Path, broken: int) -> None:
+    """A plan that reads every row loses a step for each batch that is skipped; the run says so and is complete."""
+    mix = mixture(packs, a=(0.5, 0.2), c=(0.5, 0.2))
+    rows = DataLoader(mix, 2, 16).rows
+    assert isinstance(rows, MixtureRows)
+    assert rows.limit is not None
+    steps = rows.limit // 2
+    assert steps > 12
+    whole = trainer(mix, tmp_path / "whole", steps)
+    whole.fit()
+    assert (whole.step, whole.events) == (steps, [])
+    broken %= steps
+    run = trainer(mix, tmp_path / "run", steps)
+    run.callbacks.append(Break(broken))
+    run.fit()
+    rollback, stop = run.events
+    back = broken // 3 * 3 if broken % 3 else broken - 3  # a checkpoint every three steps, none of what is broken
+    assert (rollback["event"], rollback["to"], rollback["skipped"]) == ("rollback", back, [back, broken + 1])
+    ended = steps - (broken + 1 - back)
+    assert (stop["event"], stop["step"], run.step) == ("early_stop", ended, ended)
+    assert (
+        stop["reason"]
+        == f"step {ended}: the epoch caps leave {rows.limit % 2} of {rows.limit} rows, and a step reads 2"
+    )
+    assert read_events(tmp_path / "run" / "metrics.jsonl") == run.events
+    assert [record["step"] for record in run.history] == list(range(1, ended + 1))
+    assert run.history[-1]["val_loss"] is not None
+    assert checkpoint.steps(tmp_path / "run")[-1] == ended
+    again = trainer(mix, tmp_path / "run", steps)
+    again.fit(resume=True)
+    assert (again.step, again.position, again.events) == (ended, run.position, run.events)
+    assert all(np.array_equal(array, run.model.state_dict()[name]) for name, array in again.model.state_dict().items())
 
 
 def test_command_line(packs: dict[str, ShardDataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
