@@ -308,7 +308,9 @@ bn_projection_versions bn_projection_versions_now(const bn_projection *p) {
     if (!p->ternary) {
         return (bn_projection_versions){bn_storage_version(p->x->storage), bn_storage_version(p->weight->storage)};
     }
-    return (bn_projection_versions){p->x->quantized->version, p->weight->ternary->version};
+    /* Without a form: its codes were set aside (held_weight.c), and nothing has read those of the present values. */
+    const bn_ternary *w = p->weight->ternary;
+    return (bn_projection_versions){p->x->quantized->version, w == NULL ? UINT64_MAX : w->version};
 }
 
 bn_status bn_projection_unchanged(const char *op, const bn_projection *p, bn_projection_versions then) {
