@@ -213,13 +213,27 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
 # ---- ternary weights: latent f32 (out, in) ----
 
 def ternary_stats(weight: Tensor, /) -> tuple[int, int, int, int, float]:
-    """(minus, zero, plus, flipped, scale)."""
+    """(minus, zero, plus, flipped, scale); of channel scales, their mean."""
+
+def ternary_scales(weight: Tensor, /) -> Tensor:
+    """What the codes are multiplied by, f32: (1,), or (out,) with channel scales."""
+
+def scale_channels(weight: Tensor, /) -> None:
+    """Gives an f32 weight a scale for each row (out) from now on. RuntimeError if its codes were made with one."""
+
+def has_channel_scales(weight: Tensor, /) -> bool:
+    """Whether each row has a scale of its own."""
 
 def ternary_codes(weight: Tensor, /) -> Tensor:
     """i8 (out, in)."""
 
 def prepare_fifths(
-    fifths: bytes | memoryview | np.ndarray[Any, Any], rows: int, cols: int, scale: float, layout: str = "2", /
+    fifths: bytes | memoryview | np.ndarray[Any, Any],
+    rows: int,
+    cols: int,
+    scale: float | Tensor,
+    layout: str = "2",
+    /,
 ) -> Tensor:
     """As prepare_ternary, of codes that come five a byte: row-major, byte j of m = ceil(rows * cols / 5) is the sum
     over k < 5 of 3^k * (code[j + k m] + 1). ShapeError for another number of bytes, ValueError for a byte above 242."""
@@ -231,8 +245,9 @@ def compact(weight: Tensor, bits: int, screen: bool, /) -> Tensor:
 def ternary_layout(weight: Tensor, /) -> str | None:
     """The layout of a prepared weight, None of a latent one."""
 
-def prepare_ternary(codes: Tensor, scale: float, layout: str = "2", /) -> Tensor:
-    """i8 (out, in) -> prepared: codes times scale, laid out for products alone. ValueError for other bytes."""
+def prepare_ternary(codes: Tensor, scale: float | Tensor, layout: str = "2", /) -> Tensor:
+    """i8 (out, in) -> prepared: codes times scale, laid out for products alone; a scale f32 (out,) has one for each
+    row. ValueError for other bytes, ShapeError for another number of scales."""
 
 def hold_ternary(weights: Sequence[Tensor], /) -> None:
     """Holds the present codes of latent weights: they stay, whatever is written to the weights. Uses them."""

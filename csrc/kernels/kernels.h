@@ -117,7 +117,9 @@ typedef struct transpose_args {
 
 typedef enum bn_reduce { BN_REDUCE_SUM, BN_REDUCE_SQUARES, BN_REDUCE_ABS } bn_reduce;
 
-/* partial[u] = LANES sum of x, x * x (fused) or |x| over block u, widened to double at the end. */
+/* partial[u] = LANES sum of x, x * x (fused) or |x| over block u, widened to double at the end. Lines of n elements,
+ * one after the other, have blocks of their own: unit u is block u mod blocks of line u / blocks, blocks = ceil(n /
+ * BN_BLOCK); where there is one line, its blocks. */
 typedef struct reduce_blocks_args {
     const float *x;
     double *partial;
@@ -125,8 +127,9 @@ typedef struct reduce_blocks_args {
     bn_reduce kind;
 } reduce_blocks_args;
 
-/* out[0] = max(minimum, (float)(sum of partial[0..count) in index order * factor * (factor_ptr ? *factor_ptr : 1))).
- * One unit. Doubles, so a mean over any model is exact to far below one f32 ulp. A NaN sum stays NaN. */
+/* out[u] = max(minimum, (float)(sum of partial[u * count ..][0..count) in index order * factor * (factor_ptr ?
+ * *factor_ptr : 1))). Units: lines, of which there is mostly one. Doubles, so a mean over any model is exact to far
+ * below one f32 ulp. A NaN sum stays NaN. */
 typedef struct reduce_finish_args {
     const double *partial;
     const float *factor_ptr;
@@ -383,14 +386,16 @@ typedef struct bn_int8_rows {
 
 /* A matrix (rows, cols) in the forms that products read it in more than once, each if its memory is given: rounded to
  * bf16 in panels, `by_rows` with its rows as lanes and p along the columns, times scale[0] if given, and `by_cols` with
- * its columns as lanes and p along the rows, times row_scale[row] if given; and as quantize_rows leaves it. Units:
- * bands of BN_PACK_ROWS rows. */
+ * its columns as lanes and p along the rows, times row_scale[row] if given; and as quantize_rows leaves it. With
+ * channel_scales, by_rows and the int8 form are of the matrix times scale[column]. Units: bands of BN_PACK_ROWS rows.
+ */
 typedef struct pack_panels_args {
     const float *data;
     int64_t rows, cols;
     bn_panels by_rows, by_cols;
     const float *scale, *row_scale;
     bn_int8_rows int8;
+    bool channel_scales;
 } pack_panels_args;
 
 /* gemm_bf16 of two factors in panels: c (+)= left right^T, with the same bits. Units: tiles as of gemm. */
@@ -402,7 +407,8 @@ typedef struct gemm_panels_args {
     bool accumulate;
 } gemm_panels_args;
 
-/* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0.
+/* Ternary codes of one weight matrix w (rows, cols): code = clamp(rint(w * (1 / scale[0])), -1, 1), NaN gives 0; with
+ * channel_scales, row r has scale[r].
  * Writes them in panels (bn_code_at) twice: `panels` with rows as lanes and p along the columns, for y = x W^T, and
  * `turned` with columns as lanes and p along the rows, for dx = dy W; what pads p is left as it is, and is to be 0.
  * tally[r] = {minus, zero, plus, flipped} counts of row r, flipped = codes that differ from those found in `panels` on
@@ -412,6 +418,7 @@ typedef struct ternarize_args {
     uint8_t *panels, *turned; /* bn_code_panels_bytes(rows, cols) and (cols, rows) */
     int32_t *tally;
     int64_t rows, cols;
+    bool channel_scales;
 } ternarize_args;
 
 /* Per-row absmax, most = 127 (bits 8) or 7 (bits 4): a = most / max(absmax, 1e-5); q = clamp(rint(x * a), -most - 1,
@@ -432,7 +439,7 @@ typedef struct dequantize_rows_args {
 } dequantize_rows_args;
 
 /* y[i, j] = (float)(sum over p of q[i, p] * code[j, p]) * (act_scale[i] * weight_scale[0]), plus residual[i, j] where
- * that is given; the integer sum is
+ * that is given. With channel_scales it is weight_scale[j]; where weight_scale is NULL, 1. The integer sum is
  * (sum of q * panel byte) - row_sum[i] in int32, exact for every cols < 2^23. q as quantize_rows leaves it. Units:
  * tiles of tile_m x tile_n of y, row-major; tile_m is a multiple of BN_QUANT_ROWS, tile_n of BN_PANEL_ROWS. */
 typedef struct bitlinear_forward_args {
@@ -445,6 +452,7 @@ typedef struct bitlinear_forward_args {
     float *y;
     int64_t m, n, k, q_stride;
     int64_t tile_m, tile_n;
+    bool channel_scales;
 } bitlinear_forward_args;
 
 /* ---- the transformer block ---------------------------------------------------------------------------------- */

@@ -58,6 +58,15 @@ bn_status bn_projection_prepare(const bn_projection *p) {
     return p->ternary && p->x->dtype != BN_Q8 ? quantize(p->x, p->activation_bits) : BN_OK;
 }
 
+/* The scale of W on dy's side of dx = dy W, as a gemm takes it: one for all, or one for each value of the summed
+ * index. */
+static const float *scale_for_all(const bn_projection *p) {
+    return p->ternary && !p->weight->channel_scales ? bn_f32(p->weight->ternary->scale) : NULL;
+}
+static const float *scale_by_channel(const bn_projection *p) {
+    return p->ternary && p->weight->channel_scales ? bn_f32(p->weight->ternary->scale) : NULL;
+}
+
 /* The integer product of both directions: int8 rows by ternary codes, in panels with `in` and `out` of the product. */
 static bn_status integer_product(const bn_backend *backend, bitlinear_forward_args args) {
     const bn_tiles tiles = args.m <= BN_FEW_ROWS && args.form != BN_CODES_8
@@ -85,7 +94,8 @@ static bn_status ternary_forward(const bn_projection *p, int64_t first, int64_t 
                                                                          .m = rows,
                                                                          .n = bn_projection_out(p),
                                                                          .k = bn_projection_in(p),
-                                                                         .q_stride = stride});
+                                                                         .q_stride = stride,
+                                                                         .channel_scales = p->weight->channel_scales});
 }
 
 /* Rows of a bf16 weight that are widened at a time: some ten MB. */
@@ -208,7 +218,8 @@ static bn_status exact_backward(const bn_projection *p, int64_t first, int64_t r
         return BN_OK;
     }
     const gemm_operand lines = {.data = dy,
-                                .scale = p->ternary ? bn_f32(p->weight->ternary->scale) : NULL,
+                                .scale = scale_for_all(p),
+                                .depth_scale = scale_by_channel(p),
                                 .row_stride = out,
                                 .col_stride = 1,
                                 .dtype = BN_F32};
@@ -242,21 +253,21 @@ static bn_status dy_take(const bn_projection *p, bool int8, int64_t rows, bn_gra
     return BN_OK;
 }
 
-/* dx in integers, as SwitchBack does it (Wortsman et al. 2023, arXiv 2304.13013): each row of dy is rounded to int8
- * with a scale of its own. The weight gradient, which sums over many rows, would not bear that. */
+/* dx in integers, as SwitchBack does it (Wortsman et al. 2023, arXiv 2304.13013): each row of dy, times the scales of
+ * channels if W has them, is rounded to int8 with a scale of its own. The weight gradient, which sums over many rows,
+ * would not bear that. */
 static bn_status integer_backward_x(const bn_projection *p, int64_t rows, bn_int8_rows int8, bn_grad_memory dx) {
-    return integer_product(bn_backend_of(p->x),
-                           (bitlinear_forward_args){.q = int8.q,
-                                                    .act_scale = int8.act_scale,
-                                                    .row_sum = int8.row_sum,
-                                                    .panels = bn_data(p->weight->ternary->turned),
-                                                    .weight_scale = bn_f32(p->weight->ternary->scale),
-                                                    .residual = dx.accumulate ? dx.memory : NULL,
-                                                    .y = dx.memory,
-                                                    .m = rows,
-                                                    .n = bn_projection_in(p),
-                                                    .k = bn_projection_out(p),
-                                                    .q_stride = int8.q_stride});
+    return integer_product(bn_backend_of(p->x), (bitlinear_forward_args){.q = int8.q,
+                                                                         .act_scale = int8.act_scale,
+                                                                         .row_sum = int8.row_sum,
+                                                                         .panels = bn_data(p->weight->ternary->turned),
+                                                                         .weight_scale = scale_for_all(p),
+                                                                         .residual = dx.accumulate ? dx.memory : NULL,
+                                                                         .y = dx.memory,
+                                                                         .m = rows,
+                                                                         .n = bn_projection_in(p),
+                                                                         .k = bn_projection_out(p),
+                                                                         .q_stride = int8.q_stride});
 }
 
 /* dy is rounded to bf16 and brought into panels once for both products, each with the scale of its ternary partner:
@@ -272,7 +283,8 @@ static bn_status run_fast_backward(const bn_projection *p, bool int8, int64_t fi
                                    .by_cols = {forms->by_cols, true},
                                    .scale = p->ternary ? bn_f32(p->weight->ternary->scale) : NULL,
                                    .row_scale = p->ternary ? bn_f32(p->x->quantized->act_scale) + first : NULL,
-                                   .int8 = forms->int8};
+                                   .int8 = forms->int8,
+                                   .channel_scales = p->ternary && p->weight->channel_scales};
     BN_TRY(bn_run_pack_panels(backend, &args, bn_ceil_div(rows, BN_PACK_ROWS), 1));
     if (dw.memory != NULL) {
         const gemm_operand by_cols = {.data = forms->by_cols, .layout = BN_PANELS};

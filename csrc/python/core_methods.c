@@ -158,6 +158,50 @@ static PyObject *ternary_codes(PyObject *module, PyObject *object) {
     return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
 }
 
+static PyObject *ternary_scales(PyObject *module, PyObject *object) {
+    bn_tensor *t = ternary_argument(module, object), *copy;
+    if (t == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    BN_WITHOUT_GIL(status, bn_ternary_scales(t, &copy));
+    return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
+}
+
+static PyObject *scale_channels(PyObject *module, PyObject *object) {
+    bn_tensor *t = ternary_argument(module, object);
+    if (t == NULL) {
+        return NULL;
+    }
+    const bn_status status = bn_ternary_scale_channels(t);
+    return status == BN_OK ? Py_NewRef(Py_None) : bn_raise(bn_state(module), status);
+}
+
+static PyObject *has_channel_scales(PyObject *module, PyObject *object) {
+    const bn_tensor *t = ternary_argument(module, object);
+    return t == NULL ? NULL : PyBool_FromLong(t->channel_scales);
+}
+
+/* A number, which goes to `one`, or an f32 tensor with one scale for each of the source's rows. */
+static bool parse_scales(PyObject *module, PyObject *object, float *one, bn_ternary_source *source) {
+    if (!PyObject_TypeCheck(object, bn_state(module)->tensor_type)) {
+        *one = (float)PyFloat_AsDouble(object);
+        source->scale = one;
+        return PyErr_Occurred() == NULL;
+    }
+    const bn_tensor *scales = ((bn_py_tensor *)object)->tensor;
+    bn_shape_text text;
+    if (scales->dtype != BN_F32 || scales->ndim != 1 || scales->count != source->rows) {
+        PyErr_Format(bn_state(module)->shape_error, "the scales of %lld rows are f32 of shape (%lld,), not %s of %s",
+                     (long long)source->rows, (long long)source->rows, bn_dtype_name(scales->dtype),
+                     bn_shape_print(scales, &text));
+        return false;
+    }
+    source->scale = bn_f32(scales);
+    source->channel_scales = true;
+    return true;
+}
+
 static const struct {
     const char *name;
     bn_code_form form;
@@ -182,12 +226,12 @@ static PyObject *prepared_or_raise(PyObject *module, const bn_ternary_source *so
 }
 
 static PyObject *prepare_ternary(PyObject *module, PyObject *args) {
-    PyObject *object;
+    PyObject *object, *scale;
+    float one;
     const char *layout = "2";
     bn_ternary_source source = {0};
     bn_code_form form;
-    if (!PyArg_ParseTuple(args, "Of|s:prepare_ternary", &object, &source.scale, &layout) ||
-        !parse_layout(layout, &form)) {
+    if (!PyArg_ParseTuple(args, "OO|s:prepare_ternary", &object, &scale, &layout) || !parse_layout(layout, &form)) {
         return NULL;
     }
     const bn_tensor *codes = source.codes = bn_unwrap(bn_state(module), object, "codes");
@@ -201,16 +245,18 @@ static PyObject *prepare_ternary(PyObject *module, PyObject *args) {
     }
     source.rows = codes->shape[0];
     source.cols = codes->shape[1];
-    return prepared_or_raise(module, &source, form);
+    return parse_scales(module, scale, &one, &source) ? prepared_or_raise(module, &source, form) : NULL;
 }
 
 static PyObject *prepare_fifths(PyObject *module, PyObject *args) {
     Py_buffer bytes;
+    PyObject *scale;
+    float one;
     long long rows, cols;
     const char *layout = "2";
     bn_ternary_source source = {0};
     bn_code_form form;
-    if (!PyArg_ParseTuple(args, "y*LLf|s:prepare_fifths", &bytes, &rows, &cols, &source.scale, &layout)) {
+    if (!PyArg_ParseTuple(args, "y*LLO|s:prepare_fifths", &bytes, &rows, &cols, &scale, &layout)) {
         return NULL;
     }
     PyObject *out = NULL;
@@ -223,7 +269,7 @@ static PyObject *prepare_fifths(PyObject *module, PyObject *args) {
         source.fifths = bytes.buf;
         source.rows = rows;
         source.cols = cols;
-        out = prepared_or_raise(module, &source, form);
+        out = parse_scales(module, scale, &one, &source) ? prepared_or_raise(module, &source, form) : NULL;
     }
     PyBuffer_Release(&bytes);
     return out;
@@ -662,10 +708,16 @@ PyMethodDef bn_core_methods[] = {
     {"fill_uniform", WITH_KEYWORDS(fill_uniform), "Fills an f32 leaf: uniform in [a, b), of seed and stream."},
     {"from_dlpack", bn_dlpack_import, METH_O, "A tensor over another library's memory (CPU, dense)."},
     {"rope_tables", WITH_KEYWORDS(rope_tables), "(cos, sin), each (positions, head_dim / 2), f32."},
-    {"ternary_stats", ternary_stats, METH_O, "(minus, zero, plus, flipped, scale) of a latent weight's codes."},
+    {"ternary_stats", ternary_stats, METH_O,
+     "(minus, zero, plus, flipped, scale or mean of scales) of a latent weight's codes."},
+    {"ternary_scales", ternary_scales, METH_O,
+     "What the codes of a weight are multiplied by: one, or one for each row."},
+    {"scale_channels", scale_channels, METH_O, "Gives a weight that was not multiplied yet a scale for each row."},
+    {"has_channel_scales", has_channel_scales, METH_O, "Whether a weight has a scale for each row."},
     {"ternary_codes", ternary_codes, METH_O, "The codes -1, 0, 1 of a latent weight as an i8 tensor."},
     {"prepare_ternary", prepare_ternary, METH_VARARGS,
-     "i8 codes, a scale and a layout ('2' or '1.6') as a weight for products alone."},
+     "i8 codes, a scale (or an f32 tensor of one for each row) and a layout ('2' or '1.6') as a weight for products "
+     "alone."},
     {"prepare_fifths", prepare_fifths, METH_VARARGS, "The same of (fifths, rows, cols, scale, layout)."},
     {"compact", compact, METH_VARARGS, "An output matrix in 8 or 6 bits a weight; with screen, beside its exact form."},
     {"ternary_layout", ternary_layout, METH_O, "The layout of a prepared weight, None of a latent one."},

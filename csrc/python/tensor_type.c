@@ -244,7 +244,11 @@ static PyObject *tensor_detach(PyObject *self, PyObject *unused) {
     (void)unused;
     bn_tensor *t = core(self), *view;
     bn_status status = bn_tensor_view(t, t->ndim, t->shape, &view);
-    return status == BN_OK ? bn_wrap(state_of(self), view) : bn_raise(state_of(self), status);
+    if (status != BN_OK) {
+        return bn_raise(state_of(self), status);
+    }
+    view->channel_scales = t->channel_scales;
+    return bn_wrap(state_of(self), view);
 }
 
 static PyObject *tensor_backward(PyObject *self, PyObject *args, PyObject *kwargs) {

@@ -4,10 +4,12 @@
  *
  *   weights      weight_scale = max(mean |W|, 1e-5) over the whole matrix
  *                code = clamp(round(w * (1 / weight_scale)), -1, 1)            w is about code * weight_scale
+ *                or, with channel scales, each by its row: weight_scale[j] = max(mean |W[j]|, 1e-5), codes from that
  *   activations  act_scale = max(max |row|, 1e-5) / 127, one for each row (token)
  *                q = clamp(round(x * (127 / max(max |row|, 1e-5))), -128, 127)  x is about q * act_scale
  *                in 4 bits the same with 7 for 127 and -8 for -128, each q still in a byte
- *   product      y = (sum of q * code) * (act_scale * weight_scale), the sum exact in integers
+ *   product      y = (sum of q * code) * (act_scale * weight_scale), the sum exact in integers, weight_scale that of
+ *                the output's row of W
  *   packed       four codes a byte, each stored as value + 1 in two bits, the first code in the lowest bits:
  *                00 = -1, 01 = 0, 10 = 1; 11 is unused and refused. Unused places of the last byte are 0 bits.
  *

@@ -27,12 +27,13 @@ static bn_status require_fifths(const bn_ternary *t, int64_t rows) {
 
 static bn_status fill(const bn_ternary_source *source, bn_ternary *t) {
     const bn_backend *backend = bn_cpu_backend();
+    const int64_t scales = source->channel_scales ? source->rows : 1;
     const int64_t groups = bn_ceil_div(source->rows, BN_PANEL_ROWS), tiles = bn_ceil_div(source->cols, BN_QUANT_PAD);
-    const int64_t panels[] = {groups * bn_code_panel_bytes(t->form, tiles)}, one[] = {1}, tally[] = {source->rows, 4};
+    const int64_t panels[] = {groups * bn_code_panel_bytes(t->form, tiles)}, tally[] = {source->rows, 4};
     BN_TRY(bn_tensor_new(backend, BN_I8, 1, panels, &t->panels));
-    BN_TRY(bn_tensor_new(backend, BN_F32, 1, one, &t->scale));
+    BN_TRY(bn_tensor_new(backend, BN_F32, 1, &scales, &t->scale));
     BN_TRY(bn_tensor_new(backend, BN_I32, 2, tally, &t->tally));
-    BN_TRY(backend->upload(bn_data(t->scale), &source->scale, sizeof source->scale));
+    BN_TRY(backend->upload(bn_data(t->scale), source->scale, (size_t)scales * sizeof(float)));
     const prepare_codes_args args = {.codes = source->codes == NULL ? NULL : bn_i8(source->codes),
                                      .fifths = source->fifths,
                                      .panels = bn_data(t->panels),
@@ -56,6 +57,7 @@ bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form,
         t->form = form;
         t->refreshes = 1;
         (*out)->ternary = t;
+        (*out)->channel_scales = source->channel_scales;
         status = fill(source, t);
     }
     if (status != BN_OK) {

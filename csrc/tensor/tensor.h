@@ -34,6 +34,7 @@ typedef struct bn_tensor {
 
     bn_ternary *ternary; /* this weight's ternary codes, prepared for dot products; NULL unless a bitlinear read it */
     bn_ternary *aside;   /* the other form of a weight whose codes are held (held_weight.c); NULL otherwise */
+    bool channel_scales; /* as a ternary weight it has a scale for each row (quant/ternary.h) instead of one */
     bn_quantized *quantized; /* this activation's int8 form; NULL unless a bitlinear read it */
     bn_compact *compact;     /* what an output matrix of dtype compact is */
 } bn_tensor;

@@ -1,4 +1,5 @@
-/* ternary_weight.c: mean |W| over the whole matrix, then codes = clamp(round(W / mean)); see quant/ternary.h. */
+/* ternary_weight.c: mean |W| over the whole matrix, or over each row, then codes = clamp(round(W / mean)); see
+ * quant/ternary.h. */
 #include "tensor/ternary_weight.h"
 
 #include <stdlib.h>
@@ -19,39 +20,64 @@ void bn_ternary_free(bn_ternary *ternary) {
     free(ternary);
 }
 
+/* What has a scale of its own, one after the other: the matrix, or each of its rows. */
+typedef struct scaled_lines {
+    int64_t lines, length, blocks; /* blocks of a line */
+} scaled_lines;
+
+static scaled_lines lines_of(const bn_tensor *weight) {
+    const int64_t lines = weight->channel_scales ? weight->shape[0] : 1;
+    const int64_t length = weight->channel_scales ? weight->shape[1] : weight->count;
+    return (scaled_lines){lines, length, bn_ceil_div(length, BN_BLOCK)};
+}
+
+bn_status bn_ternary_scale_channels(bn_tensor *weight) {
+    if (weight->channel_scales) {
+        return BN_OK;
+    }
+    if (weight->ternary != NULL) {
+        return bn_fail(BN_ERR_STATE, "a ternary weight that was %s with one scale cannot have channel scales any more",
+                       weight->dtype == BN_PREPARED ? "prepared" : "multiplied");
+    }
+    weight->channel_scales = true;
+    return BN_OK;
+}
+
 static bn_status make(const bn_tensor *weight, bn_ternary *t) {
     const bn_backend *backend = bn_backend_of(weight);
     const int64_t rows = weight->shape[0], cols = weight->shape[1];
     const int64_t panels[] = {bn_code_panels_bytes(rows, cols)}, turned[] = {bn_code_panels_bytes(cols, rows)};
-    const int64_t one[] = {1}, tally[] = {rows, 4};
+    const int64_t tally[] = {rows, 4};
+    const scaled_lines scaled = lines_of(weight);
     BN_TRY(bn_tensor_new(backend, BN_I8, 1, panels, &t->panels));
     BN_TRY(bn_tensor_new(backend, BN_I8, 1, turned, &t->turned));
-    BN_TRY(bn_tensor_new(backend, BN_F32, 1, one, &t->scale));
+    BN_TRY(bn_tensor_new(backend, BN_F32, 1, &scaled.lines, &t->scale));
     BN_TRY(bn_tensor_new(backend, BN_I32, 2, tally, &t->tally));
-    BN_TRY(bn_storage_new(backend, (size_t)bn_ceil_div(weight->count, BN_BLOCK) * sizeof(double), &t->partial));
+    BN_TRY(bn_storage_new(backend, (size_t)(scaled.lines * scaled.blocks) * sizeof(double), &t->partial));
     BN_TRY(bn_tensor_zero(t->panels));
     return bn_tensor_zero(t->turned);
 }
 
 static bn_status requantize(const bn_tensor *weight, bn_ternary *t) {
     const bn_backend *backend = bn_backend_of(weight);
-    const int64_t blocks = bn_ceil_div(weight->count, BN_BLOCK);
+    const scaled_lines scaled = lines_of(weight);
     const reduce_blocks_args sums = {
-        .x = bn_f32(weight), .partial = t->partial->data, .n = weight->count, .kind = BN_REDUCE_ABS};
-    BN_TRY(bn_run_reduce_blocks(backend, &sums, blocks, 4));
+        .x = bn_f32(weight), .partial = t->partial->data, .n = scaled.length, .kind = BN_REDUCE_ABS};
+    BN_TRY(bn_run_reduce_blocks(backend, &sums, scaled.lines * scaled.blocks, 4));
     const reduce_finish_args mean = {.partial = t->partial->data,
                                      .out = bn_f32(t->scale),
-                                     .count = blocks,
-                                     .factor = 1.0 / (double)bn_max_i64(weight->count, 1),
+                                     .count = scaled.blocks,
+                                     .factor = 1.0 / (double)bn_max_i64(scaled.length, 1),
                                      .minimum = BN_QUANT_EPS};
-    BN_TRY(bn_run_reduce_finish(backend, &mean, 1, 1));
+    BN_TRY(bn_run_reduce_finish(backend, &mean, scaled.lines, 64));
     const ternarize_args codes = {.w = bn_f32(weight),
                                   .scale = bn_f32(t->scale),
                                   .panels = bn_data(t->panels),
                                   .turned = bn_data(t->turned),
                                   .tally = bn_i32(t->tally),
                                   .rows = weight->shape[0],
-                                  .cols = weight->shape[1]};
+                                  .cols = weight->shape[1],
+                                  .channel_scales = weight->channel_scales};
     return bn_run_ternarize(backend, &codes, bn_ceil_div(weight->shape[0], BN_PANEL_ROWS), 1);
 }
 
@@ -176,13 +202,36 @@ bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out) {
     return status;
 }
 
+bn_status bn_ternary_scales(bn_tensor *weight, bn_tensor **out) {
+    BN_TRY(bn_ternary_refresh(weight));
+    const bn_tensor *scale = weight->ternary->scale;
+    BN_TRY(bn_tensor_new(bn_cpu_backend(), BN_F32, 1, scale->shape, out));
+    const bn_status status = bn_backend_of(weight)->download(bn_data(*out), bn_data(scale), bn_tensor_bytes(scale));
+    if (status != BN_OK) {
+        bn_tensor_release(*out);
+    }
+    return status;
+}
+
+static bn_status mean_scale(bn_tensor *weight, float *out) {
+    bn_tensor *scales;
+    BN_TRY(bn_ternary_scales(weight, &scales));
+    double sum = 0.0;
+    for (int64_t r = 0; r < scales->count; r++) {
+        sum += (double)bn_f32(scales)[r];
+    }
+    *out = (float)(sum / (double)bn_max_i64(scales->count, 1));
+    bn_tensor_release(scales);
+    return BN_OK;
+}
+
 bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out) {
     BN_TRY(bn_ternary_refresh(weight));
     const bn_ternary *t = weight->ternary;
     const bn_backend *backend = bn_backend_of(weight);
     const int64_t rows = weight->shape[0];
     *out = (bn_ternary_stats){0};
-    BN_TRY(backend->download(&out->scale, bn_data(t->scale), sizeof out->scale));
+    BN_TRY(mean_scale(weight, &out->scale));
     int32_t *tally = malloc(bn_tensor_bytes(t->tally) + 1);
     if (tally == NULL) {
         return bn_fail(BN_ERR_MEMORY, "out of memory for the tally of %lld rows", (long long)rows);

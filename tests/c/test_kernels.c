@@ -337,7 +337,7 @@ static void *panels(int64_t lanes, int64_t depth, bool along, bool left, bool sc
     void *out = is_output ? register_output(bytes, false) : take(bytes, 0xFF);
     const int64_t rows = along ? lanes : depth, cols = along ? depth : lanes;
     LAUNCH(pack_panels, bn_ceil_div(rows, BN_PACK_ROWS), reals(rows * cols), rows, cols, {along ? out : NULL, left},
-           {along ? NULL : out, left}, scaled ? positive(1) : NULL, scaled ? positive(rows) : NULL, {0});
+           {along ? NULL : out, left}, scaled ? positive(1) : NULL, scaled ? positive(rows) : NULL, {0}, false);
     return out;
 }
 
@@ -372,7 +372,7 @@ static void test_ternarize(void) {
         LAUNCH(ternarize, bn_ceil_div(rows, BN_PANEL_ROWS), cols == 70 ? wild(rows * cols) : reals(rows * cols),
                positive(1), result_bytes(bn_code_panels_bytes(rows, cols), 1, 0, 3),
                result_bytes(bn_code_panels_bytes(cols, rows), 1, 0, 3), result_bytes(4 * rows, sizeof(int32_t), 0, 256),
-               rows, cols);
+               rows, cols, false);
     }
 }
 
@@ -470,7 +470,7 @@ static void test_bitlinear_forward(void) {
         FOR_EACH(kind, 0, 1, 2, 3) {
             LAUNCH(bitlinear_forward, bn_ceil_div(m, 16) * bn_ceil_div(n, 32), q, positive(m), indices(m, 1000),
                    forms[kind & 1], (bn_code_form)(kind & 1), positive(1), kind & 2 ? reals(m * n) : NULL,
-                   result(m * n), m, n, k, stride, 16, 32);
+                   result(m * n), m, n, k, stride, 16, 32, false);
         }
     }
 }

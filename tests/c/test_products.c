@@ -506,18 +506,23 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
         old[bn_code_at(i / cols, i % cols, depth)] = (uint8_t)(random_bits() % 3);
     }
     const float scales[] = {0.5f, 0.3f, 1e-5f, NAN};
-    for (int s = 0; s < 4; s++) {
+    float *by_row = fenced(rows * 4);
+    for (int64_t r = 0; r < rows; r++) {
+        by_row[r] = scales[random_bits() % 4];
+    }
+    for (int s = 0; s < 5; s++) {
+        const bool channels = s == 4;
         for (int t = 0; t < table_count && tables[t]->ternarize != NULL; t++) {
             memcpy(panels, old, (size_t)bytes);
             memset(turned, 0, (size_t)turned_bytes);
-            const ternarize_args a = {w, &scales[s], panels, turned, tally, rows, cols};
+            const ternarize_args a = {w, channels ? by_row : &scales[s], panels, turned, tally, rows, cols, channels};
             EACH_UNIT_BACKWARDS(tables[t]->ternarize, &a, groups)
             bool ok = intact(panels, bytes) && intact(turned, turned_bytes) && intact(tally, rows * 16);
             for (int64_t r = 0; r < groups * BN_PANEL_ROWS; r++) {
                 int32_t counts[4] = {0};
                 for (int64_t c = 0; c < depth; c++) {
                     const bool real = r < rows && c < cols;
-                    const int8_t code = real ? bn_ternary_code(w[r * cols + c], scales[s]) : 0;
+                    const int8_t code = real ? bn_ternary_code(w[r * cols + c], channels ? by_row[r] : scales[s]) : 0;
                     const int64_t at = bn_code_at(r, c, depth);
                     ok = ok && panels[at] == (real ? code + 1 : 0);
                     ok = ok && (c >= bn_round_up(cols, BN_PANEL_ROWS) ||
@@ -532,8 +537,8 @@ static void test_ternarize_shape(int64_t rows, int64_t cols) {
             expect(ok, "ternarize", tables[t]->isa, rows, cols, 0, s);
         }
     }
-    void *all[] = {w, old, panels, turned, tally};
-    for (int i = 0; i < 5; i++) {
+    void *all[] = {w, old, panels, turned, tally, by_row};
+    for (int i = 0; i < 6; i++) {
         release(all[i]);
     }
 }
@@ -606,7 +611,8 @@ static void test_quantizers(void) {
 static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare) {
     const int64_t padded = bn_round_up(k, BN_QUANT_PAD), stride = padded + spare, bytes = m * n * 4;
     float *x = fenced(m * k * 4), *w = fenced(n * k * 4), *act_scale = fenced(m * 4), *y = fenced(bytes);
-    float *expected = fenced(bytes);
+    float *expected[3] = {fenced(bytes), fenced(bytes), fenced(bytes)}; /* one scale, one a column, none */
+    float *channels = fenced(n * 4);
     int8_t *q = fenced(bn_round_up(m, BN_QUANT_ROWS) * stride);
     uint8_t *turned = fenced(bn_code_panels_bytes(k, n));
     uint8_t *panels = memset(fenced(bn_code_panels_bytes(n, k)), 0, (size_t)bn_code_panels_bytes(n, k));
@@ -622,16 +628,21 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
     }
     const float scale = bn_absmean_scale(w, n * k);
     const quantize_rows_args qa = {x, {q, act_scale, row_sum, stride}, m, k, 8};
-    const ternarize_args ta = {w, &scale, panels, turned, tally, n, k};
+    const ternarize_args ta = {w, &scale, panels, turned, tally, n, k, false};
     tables[0]->quantize_rows(&qa, 0, m, scratch);
     tables[0]->ternarize(&ta, 0, bn_ceil_div(n, BN_PANEL_ROWS), scratch);
+    for (int64_t j = 0; j < n; j++) {
+        channels[j] = random_float();
+    }
     for (int64_t i = 0; i < m; i++) {
         for (int64_t j = 0; j < n; j++) {
             int64_t sum = 0;
             for (int64_t p = 0; p < k; p++) {
                 sum += q[bn_quantized_at(i, p, stride)] * (panels[bn_code_at(j, p, bn_round_up(k, BN_QUANT_PAD))] - 1);
             }
-            expected[i * n + j] = (float)sum * (act_scale[i] * scale);
+            expected[0][i * n + j] = (float)sum * (act_scale[i] * scale);
+            expected[1][i * n + j] = (float)sum * (act_scale[i] * channels[j]);
+            expected[2][i * n + j] = (float)sum * act_scale[i];
         }
     }
     const bn_tiles chosen = bn_product_tiles(m, n, k, 3);
@@ -653,14 +664,16 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
             EACH_UNIT_BACKWARDS(tables[t]->prepare_codes, &pa, bn_ceil_div(n, BN_PANEL_ROWS))
             expect(intact(dense[form], dense_bytes[form]), "prepare_codes", tables[t]->isa, m, n, k, (int)form);
         }
-        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 12; s++) {
-            const bn_code_form form = (bn_code_form)(s / 4);
+        for (int s = 0; tables[t]->bitlinear_forward != NULL && s < 36; s++) {
+            const bn_code_form form = (bn_code_form)(s / 4 % 3);
+            const float *weight_scales[] = {&scale, channels, NULL};
             const bitlinear_forward_args a = {.q = q,
                                               .act_scale = act_scale,
                                               .row_sum = row_sum,
                                               .panels = dense[form],
                                               .form = form,
-                                              .weight_scale = &scale,
+                                              .weight_scale = weight_scales[s / 12],
+                                              .channel_scales = s / 12 == 1,
                                               .y = y,
                                               .m = m,
                                               .n = n,
@@ -670,15 +683,16 @@ static void test_bitlinear_shape(int64_t m, int64_t n, int64_t k, int64_t spare)
                                               .tile_n = tiles[s % 4][1]};
             memset(y, 0x3C, (size_t)bytes);
             EACH_UNIT_BACKWARDS(tables[t]->bitlinear_forward, &a, bn_ceil_div(m, a.tile_m) * bn_ceil_div(n, a.tile_n))
-            bool ok = memcmp(y, expected, (size_t)bytes) == 0 && intact(y, bytes);
+            bool ok = memcmp(y, expected[s / 12], (size_t)bytes) == 0 && intact(y, bytes);
             expect(ok, "bitlinear_forward", tables[t]->isa, m, n, k, s);
         }
     }
     release(codes);
     release(dense[BN_CODES_2]);
     release(dense[BN_CODES_5]);
-    void *all[] = {x, w, act_scale, y, expected, q, turned, panels, row_sum, tally};
-    for (int i = 0; i < 10; i++) {
+    void *all[] = {x,        w, act_scale, y,      expected[0], expected[1], expected[2],
+                   channels, q, turned,    panels, row_sum,     tally};
+    for (int i = 0; i < 13; i++) {
         release(all[i]);
     }
 }
@@ -698,6 +712,96 @@ static void test_bitlinear(void) {
     test_bitlinear_shape(3, 5, 0, 0);
     test_bitlinear_shape(2, 20, 150000, 0); /* sums beyond 2^24, where int to float rounds */
     done("bitlinear_forward: integers, scales, tiles");
+}
+
+/* ---- scales of channels ------------------------------------------------------------------------------------------ */
+
+/* Sums and means of lines are those of each line alone. */
+static void test_lines(int64_t lines, int64_t n) {
+    const int64_t blocks = bn_ceil_div(n, BN_BLOCK);
+    float *x = fenced(lines * n * 4), *mean = fenced(lines * 4);
+    double *partial = fenced(lines * blocks * 8), *alone = fenced(blocks * 8);
+    for (int64_t i = 0; i < lines * n; i++) {
+        x[i] = random_float() * ldexpf(1.0f, (int)(i / n % 7) * 10 - 40); /* some means below the least */
+    }
+    for (int t = 0; t < table_count && tables[t]->reduce_blocks != NULL; t++) {
+        const reduce_blocks_args sums = {x, partial, n, BN_REDUCE_ABS};
+        EACH_UNIT_BACKWARDS(tables[t]->reduce_blocks, &sums, lines * blocks)
+        const reduce_finish_args finish = {
+            .partial = partial, .out = mean, .count = blocks, .factor = 1.0 / (double)n, .minimum = BN_QUANT_EPS};
+        EACH_UNIT_BACKWARDS(tables[t]->reduce_finish, &finish, lines)
+        bool ok = intact(partial, lines * blocks * 8) && intact(mean, lines * 4);
+        for (int64_t r = 0; r < lines; r++) {
+            float one = 0.0f;
+            const reduce_blocks_args line = {x + r * n, alone, n, BN_REDUCE_ABS};
+            tables[0]->reduce_blocks(&line, 0, blocks, scratch);
+            const reduce_finish_args its = {
+                .partial = alone, .out = &one, .count = blocks, .factor = 1.0 / (double)n, .minimum = BN_QUANT_EPS};
+            tables[0]->reduce_finish(&its, 0, 1, scratch);
+            const float by_hand_scale = bn_absmean_scale(x + r * n, n);
+            ok = ok && memcmp(&one, &mean[r], 4) == 0 && fabsf(one - by_hand_scale) <= 1.6e-5f * by_hand_scale;
+        }
+        expect(ok, "reduce of lines", tables[t]->isa, lines, 0, n, 0);
+    }
+    void *all[] = {x, mean, partial, alone};
+    for (int i = 0; i < 4; i++) {
+        release(all[i]);
+    }
+}
+
+/* Panels and int8 of a matrix times its columns' scales are those of the product made before. */
+static void test_pack_channels(int64_t rows, int64_t cols) {
+    const int64_t bytes = bn_panels_bytes(rows, cols), stride = bn_round_up(cols, BN_QUANT_PAD);
+    const int64_t q_bytes = bn_round_up(rows, BN_QUANT_ROWS) * stride;
+    float *x = fenced(rows * cols * 4), *product = fenced(rows * cols * 4), *scales = fenced(cols * 4);
+    void *panels[2] = {fenced(bytes), fenced(bytes)};
+    int8_t *q[2] = {fenced(q_bytes), fenced(q_bytes)};
+    float *act_scale[2] = {fenced(rows * 4), fenced(rows * 4)};
+    int32_t *row_sum[2] = {fenced(rows * 4), fenced(rows * 4)};
+    for (int64_t j = 0; j < cols; j++) {
+        scales[j] = random_float();
+    }
+    for (int64_t i = 0; i < rows * cols; i++) {
+        x[i] = random_float();
+        product[i] = x[i] * scales[i % cols];
+    }
+    for (int t = 0; t < table_count; t++) {
+        for (int made = 0; tables[t]->pack_panels != NULL && made < 2; made++) {
+            memset(panels[made], 0, (size_t)bytes);
+            memset(q[made], 0, (size_t)q_bytes);
+            const pack_panels_args args = {.data = made ? product : x,
+                                           .rows = rows,
+                                           .cols = cols,
+                                           .by_rows = {panels[made], true},
+                                           .scale = made ? NULL : scales,
+                                           .int8 = {q[made], act_scale[made], row_sum[made], stride},
+                                           .channel_scales = !made};
+            EACH_UNIT_BACKWARDS(tables[t]->pack_panels, &args, bn_ceil_div(rows, BN_PACK_ROWS))
+        }
+        const bool ok = memcmp(panels[0], panels[1], (size_t)bytes) == 0 && memcmp(q[0], q[1], (size_t)q_bytes) == 0 &&
+                        memcmp(act_scale[0], act_scale[1], (size_t)rows * 4) == 0 &&
+                        memcmp(row_sum[0], row_sum[1], (size_t)rows * 4) == 0 && intact(panels[0], bytes) &&
+                        intact(q[0], q_bytes);
+        expect(ok, "pack_panels by channels", tables[t]->isa, rows, 0, cols, 0);
+    }
+    void *all[] = {x,    product,      scales,       panels[0],  panels[1], q[0],
+                   q[1], act_scale[0], act_scale[1], row_sum[0], row_sum[1]};
+    for (int i = 0; i < 11; i++) {
+        release(all[i]);
+    }
+}
+
+static void test_channels(void) {
+    static const int64_t rows[] = {1, 17, 33}, cols[] = {1, 15, 64, 257, 300};
+    for (int i = 0; i < 3; i++) {
+        for (int j = 0; j < 5; j++) {
+            test_lines(rows[i], cols[j]);
+            test_pack_channels(rows[i], cols[j]);
+        }
+    }
+    test_lines(5, BN_BLOCK);
+    test_lines(5, 2 * BN_BLOCK + 9);
+    done("scales of channels: means of lines, factors of columns");
 }
 
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
@@ -735,6 +839,7 @@ int main(void) {
     test_head();
     test_quantizers();
     test_bitlinear();
+    test_channels();
     free(scratch);
     return failures != 0;
 }
