@@ -8,8 +8,9 @@ from typing import Any
 
 from bitnet.errors import ConfigError
 
+SCALES = ("tensor", "channel")
 # Fields that are written only where they are not at their default: files of models without them stay as they are.
-WRITTEN_WHERE_SET = ("hadamard", "activation_bits")
+WRITTEN_WHERE_SET = ("hadamard", "activation_bits", "weight_scales")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BitNetConfig:
     use_rms_norm: bool = False  # RMSNorm without gain inside every projection, before its quantization
     hadamard: bool = False  # o_proj and down_proj read ops.hadamard of what the norms before them give
     activation_bits: int = 8  # or 4: what every ternary *_proj rounds its input to; a ternary head keeps 8
+    weight_scales: str = "tensor"  # one scale for a ternary matrix; "channel": one for each of its rows (outputs)
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -58,7 +60,8 @@ class BitNetConfig:
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.kv_heads}"
             )
-        for name, allowed in {"hidden_act": ("silu", "relu2"), "linear": ("bitlinear", "linear")}.items():
+        choices = {"hidden_act": ("silu", "relu2"), "linear": ("bitlinear", "linear"), "weight_scales": SCALES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if not isinstance(self.activation_bits, int) or self.activation_bits not in (8, 4):
@@ -76,6 +79,11 @@ class BitNetConfig:
         """Key/value heads."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
+
+    @property
+    def has_channel_scales(self) -> bool:
+        """Whether there are ternary matrices, with a scale for each row."""
+        return self.weight_scales == "channel" and (self.linear == "bitlinear" or self.quantize_head)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as files hold them: those of WRITTEN_WHERE_SET only where they are set."""

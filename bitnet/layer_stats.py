@@ -6,7 +6,8 @@
 minus, zero, plus: shares of the codes. flip: how many codes changed in the steps since the last record, as a share of
 the codes; one that changes and changes back counts twice. With --requantize-every N these are changes of the codes that
 steps multiply, made anew every N steps; all else here is of the codes of the present latent weights. histogram: latent
-weights in units of the scale, in 64 equal bins of -3 to 3; what lies beyond is in the outer bins.
+weights in units of the scale, in 64 equal bins of -3 to 3; what lies beyond is in the outer bins. Of channel scales,
+scale is the mean; the histogram has each row in units of its own.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ def layer_record(step: int, model: Module, flips: Mapping[str, int]) -> Record |
 
 def _layer(layer: BitLinear, flips: int) -> Record:
     stats, scale = layer.ternary_stats(), layer.weight_scale
+    latent, unit = layer.weight.numpy(copy=True), scale
+    if layer.has_channel_scales:
+        latent, unit = latent / layer.scales().numpy()[:, None], 1.0
     return {
         "minus": stats.minus / stats.count,
         "zero": stats.zero / stats.count,
         "plus": stats.plus / stats.count,
         "flip": flips / stats.count,
         "scale": scale,
-        "histogram": histogram(layer.weight.numpy(copy=True), scale),
+        "histogram": histogram(latent, unit),
     }
 
 

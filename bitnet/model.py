@@ -38,9 +38,12 @@ class Factory:
     def projection(self, name: str, in_features: int, out_features: int) -> nn.Linear:
         """A ternary layer, or a plain one in the twin."""
         weight = self.matrix(name, out_features, in_features)
-        if self.config.linear == "linear":
+        c = self.config
+        if c.linear == "linear":
             return nn.Linear(in_features, out_features, weight=weight)
-        return nn.BitLinear(in_features, out_features, weight=weight, activation_bits=self.config.activation_bits)
+        return nn.BitLinear(
+            in_features, out_features, weight=weight, activation_bits=c.activation_bits, weight_scales=c.weight_scales
+        )
 
     def norm(self, wanted: bool, size: int) -> nn.RMSNorm | None:
         """A norm where the config places one."""
@@ -191,6 +194,8 @@ class BitNetForCausalLM(nn.Module):
             weight = make.matrix("lm_head", config.vocab_size, config.hidden_size)
             layer = nn.BitLinear if config.quantize_head else nn.Linear
             self.lm_head = layer(config.hidden_size, config.vocab_size, weight=weight)
+        if config.quantize_head and config.weight_scales == "channel":
+            _core.scale_channels(self.head_weight)
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import ShapeError, Tensor
+from bitnet.config import SCALES
 from bitnet.layout import choose_layout
 
 Histogram = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -267,7 +268,8 @@ class BitLinear(Linear):
     """A Linear with ternary weights and int8 activations: a drop-in that trains by straight-through gradients.
 
     `weight` is the latent f32 matrix; its codes are clamp(round(weight / mean|weight|), -1, 1). activation_bits 4: each
-    row of x is rounded to [-8, 7] instead of int8; ValueError for anything but 8 and 4.
+    row of x is rounded to [-8, 7] instead of int8; ValueError for anything but 8 and 4. weight_scales "channel" takes
+    the mean of each row (output) instead of one for all; a packed weight has what it was made with.
     Source: Ma et al. 2024, arXiv 2402.17764, eq. 1-3.
     """
 
@@ -275,12 +277,16 @@ class BitLinear(Linear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, weight: Tensor | None = None,
-        activation_bits: int = 8,
+        activation_bits: int = 8, weight_scales: str = "tensor",
     ) -> None:  # fmt: skip
         if activation_bits not in (8, 4):
             raise ValueError(f"{type(self).__name__}: activation_bits is {activation_bits}; it is 8 or 4")
+        if weight_scales not in SCALES:
+            raise ValueError(f"weight_scales of a BitLinear must be one of {SCALES}, not {weight_scales!r}")
         super().__init__(in_features, out_features, bias, weight)
         self.activation_bits = activation_bits
+        if weight_scales == "channel" and self.weight.dtype == "f32":
+            _core.scale_channels(self.weight)
 
     def _map(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.bitlinear(x, self.weight, residual, self.activation_bits)
@@ -310,8 +316,17 @@ class BitLinear(Linear):
 
     @property
     def weight_scale(self) -> float:
-        """mean|weight|: weight is about code * weight_scale."""
+        """mean|weight|: weight is about code * weight_scale. Of channel scales, their mean."""
         return _core.ternary_stats(self.weight)[4]
+
+    @property
+    def has_channel_scales(self) -> bool:
+        """Whether each row of the weight has a scale of its own."""
+        return _core.has_channel_scales(self.weight)
+
+    def scales(self) -> Tensor:
+        """What rows of codes are multiplied by, f32: (1,) for all, or (out_features,) with channel scales."""
+        return _core.ternary_scales(self.weight)
 
     def codes(self) -> Tensor:
         """The ternary codes, i8 (out_features, in_features)."""
@@ -323,20 +338,24 @@ class BitLinear(Linear):
         return _core.ternary_layout(self.weight) is not None
 
     def pack(self, layout: str = "2") -> BitLinear:
-        """Keeps, of the weight, the codes in 2 or 1.6 bits each and the scale: the same results.
+        """Keeps, of the weight, the codes in 2 or 1.6 bits each and the scale or scales: the same results.
 
         The layer cannot be trained any more, and its weight is no Parameter: state_dict() refuses. Returns self.
         """
         if _core.ternary_layout(self.weight) != layout:
-            self.weight = _core.prepare_ternary(self.codes(), self.weight_scale, layout)
+            scale = self.scales() if self.has_channel_scales else self.weight_scale
+            self.weight = _core.prepare_ternary(self.codes(), scale, layout)
         return self
 
     def to_full_precision(self) -> Linear:
-        """A Linear with the weights this layer multiplies, code * weight_scale (not the latent ones)."""
-        weight = Parameter(self.codes().numpy() * np.float32(self.weight_scale))
+        """A Linear with the weights this layer multiplies, code * its scale (not the latent ones)."""
+        weight = Parameter(self.codes().numpy() * self.scales().numpy()[:, None])
         linear = Linear(self.in_features, self.out_features, weight=weight)
         linear.bias = self.bias
         return linear
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", channel scales" if self.has_channel_scales else "")
 
 
 class RMSNorm(Module):

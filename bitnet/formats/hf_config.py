@@ -241,6 +241,8 @@ def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, 
     out |= {"use_cache": True, "torch_dtype": "float32"} | _document_ends(tokenizer)
     if config.linear == "bitlinear":
         out["quantization_config"] = _quantization_json(config, "autobitlinear", "online")
+        if config.has_channel_scales:  # transformers refuses what it does not know, and would take one scale for all
+            out["quantization_config"]["quant_method"] = "bitnet-channel"
     return out
 
 
