@@ -23,6 +23,8 @@ MEANING = """\
 bits: bytes of the file times 8, by weights. entropy: bits that the shares of -1, 0 and 1 in this layer need, at most
 log2(3) = 1.5850, if codes are independent; zeros: the share of 0. A weight is its code times the scale."""
 
+ROW_SCALES = " Here each row has a scale of\nits own, which is in bits; what is shown is their mean."
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -89,7 +91,10 @@ def _inspect_section(file: BitnetFile, section: Section, damage: list[str]) -> d
         file.verify(section)
         if section.form in TERNARY:
             counts = count_codes(np.asarray(file.fifths(section)), section.count)
-            entry |= {"scale": section.scale, "entropy": counts.entropy, "zero_share": counts.zero_share}
+            scale = float(file.scales(section).mean(dtype=np.float64))
+            entry |= {"scale": scale, "entropy": counts.entropy, "zero_share": counts.zero_share}
+            if section.scales is not None:
+                entry["scales"] = section.scales
             entry["codes"] = [counts.minus, counts.zero, counts.plus]
     except CheckpointError as error:
         entry["is_whole"] = False
@@ -146,7 +151,8 @@ def report(file: BitnetFile, found: dict[str, Any]) -> str:
         for row in rows
     ]
     ternary, tokenizer = found["ternary"], found["tokenizer"]
-    lines = [*table, "", MEANING, "", sizes(file)]
+    by_row = any("scales" in entry for entry in found["sections"])
+    lines = [*table, "", MEANING + ROW_SCALES * by_row, "", sizes(file)]
     if "entropy" in ternary:
         lines.append(f"all ternary layers: entropy {ternary['entropy']:.4f} (log2(3) = {math.log2(3):.4f}), "
                      f"zeros {ternary['zero_share']:.3f}")  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+LEAST_SCALE = float(np.float32(1e-5))  # BN_QUANT_EPS
+ATTEMPTS = 32  # each leaves about half of the few scales that the one before missed
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -164,7 +167,12 @@ def freeze(model: BitNetForCausalLM, norms: bool = False) -> None:
             if not isinstance(value, Tensor) or value.dtype == "i32":
                 continue
             if isinstance(module, nn.BitLinear) and module.is_packed and name == "weight":
-                setattr(module, name, Tensor(latent_of(module.codes().numpy(), module.weight_scale, path)))
+                by_row = module.has_channel_scales
+                scale = module.scales().numpy() if by_row else module.weight_scale
+                latent = Tensor(latent_of(module.codes().numpy(), scale, path))
+                if by_row:
+                    _core.scale_channels(latent)
+                setattr(module, name, latent)
             elif isinstance(value, nn.Parameter) and not (norms and isinstance(module, nn.RMSNorm)):
                 setattr(module, name, value.detach())
             elif value.dtype == "bf16":
@@ -173,40 +181,71 @@ def freeze(model: BitNetForCausalLM, norms: bool = False) -> None:
     model.head = None  # another form of a matrix that is f32 again
 
 
-def latent_of(codes: Array, scale: float, name: str = "the layer") -> Array:
+def latent_of(codes: Array, scale: float | Array, name: str = "the layer") -> Array:
     """A latent matrix (out, in) f32 that has exactly these codes and this scale; codes i8 of the same shape.
 
-    Its zeros are 0 and the others +-a, with a just below scale / (share of the others), some of them one float larger:
-    how many decides the last bit of the mean. ConfigError where no choice gives it.
+    scale: one, or one for each row, f32 (out,). ConfigError where no choice that was tried gives it.
     """
-    flat = codes.reshape(-1)
-    others = np.flatnonzero(flat)
-    signs = flat[others].astype(np.float32)
-    latent = np.zeros(flat.size, np.float32)
+    by_row = isinstance(scale, np.ndarray)
+    lines = codes if by_row else codes.reshape(1, -1)  # what has a scale of its own
+    wanted = np.asarray(scale, np.float64).reshape(-1)
+    latent = np.zeros(lines.shape, np.float32)
 
-    def scale_of(size: np.float32, larger: int) -> float:
-        latent[others] = signs * size
-        latent[others[:larger]] = signs[:larger] * np.nextafter(size, np.float32(np.inf))
-        return _core.ternary_stats(Tensor(latent.reshape(codes.shape)))[4]
+    def weight(values: Array) -> Tensor:
+        made = Tensor(values if by_row else values.reshape(codes.shape))
+        if by_row:
+            _core.scale_channels(made)
+        return made
 
-    size = np.float32(scale * flat.size / max(others.size, 1))
-    for _ in range(3):  # the mean's own roundings move it by a few in 10^7
-        size = np.float32(float(size) * scale / scale_of(size, 0)) if others.size else np.float32(0)
-    while others.size and scale_of(size, 0) >= scale:
-        size = np.nextafter(size, np.float32(0))
-    while others.size and scale_of(size, others.size) < scale:
-        size = np.nextafter(size, np.float32(np.inf))
-    low, high = 0, int(others.size)
-    while low < high:
-        middle = (low + high) // 2
-        if scale_of(size, middle) < scale:
-            low = middle + 1
-        else:
-            high = middle
-    found = Tensor(latent.reshape(codes.shape)) if scale_of(size, low) == scale else None
-    if found is None or not np.array_equal(_core.ternary_codes(found).numpy(), codes):
-        raise ConfigError(f"no latent weights of {name} give its codes and its scale {scale:g} exactly")
+    def scales_of(values: Array) -> Array:
+        return _core.ternary_scales(weight(values)).numpy().astype(np.float64)
+
+    left = np.arange(len(lines))
+    for attempt in range(ATTEMPTS):
+        latent[left] = _fitted(lines[left], wanted[left], attempt, scales_of)
+        left = np.flatnonzero(scales_of(latent) != wanted)
+        if not left.size:
+            break
+    if left.size or not np.array_equal(_core.ternary_codes(weight(latent)).numpy(), codes):
+        value = wanted[left[0]] if left.size else wanted[0]
+        raise ConfigError(f"no latent weights of {name} give its codes and its scale {value:g} exactly")
     return latent.reshape(codes.shape)
+
+
+def _fitted(lines: Array, wanted: Array, attempt: int, scales_of: Callable[[Array], Array]) -> Array:
+    """Latent lines (n, count) whose means are those wanted, or nearly: sums in f32 may jump over one.
+
+    Zeros are 0 and the others +-a, with a just below scale / (share of the others), some of them one float larger: how
+    many decides the last bit of the mean. Attempts after the first begin some floats apart from each other, which puts
+    the roundings elsewhere. Below the least scale that a mean gives, any a does.
+    """
+    signs = lines.astype(np.float32)
+    rank = np.cumsum(lines != 0, 1, dtype=np.int32) - 1
+    others = (rank[:, -1] + 1).astype(np.int64)
+    is_mean = (others > 0) & (wanted > LEAST_SCALE)
+    apart = np.random.default_rng(attempt).integers(-8, 9, lines.shape, np.int32) if attempt else np.int32(0)
+
+    def made(size: Array, larger: Array) -> Array:
+        """Numbers of floats are those of their bits."""
+        bits = size.view(np.int32)[:, None] + apart + (rank < larger[:, None])
+        latent: Array = signs * bits.astype(np.int32, copy=False).view(np.float32)
+        return latent
+
+    none = np.zeros_like(others)
+    size = np.where(is_mean, wanted * lines.shape[1] / np.maximum(others, 1), 0.75 * wanted).astype(np.float32)
+    for _ in range(3):  # the mean's own roundings move it by a few in 10^7
+        near = scales_of(made(size, none))
+        size = np.where(is_mean, size.astype(np.float64) * wanted / near, size).astype(np.float32)
+    while (over := is_mean & (scales_of(made(size, none)) >= wanted)).any():
+        size = np.where(over, np.nextafter(size, np.float32(0)), size)
+    while (under := is_mean & (scales_of(made(size, others)) < wanted)).any():
+        size = np.where(under, np.nextafter(size, np.float32(np.inf)), size)
+    low, high = none, np.where(is_mean, others, 0)
+    while (between := low < high).any():
+        middle = (low + high) // 2
+        less = scales_of(made(size, middle)) < wanted
+        low, high = np.where(between & less, middle + 1, low), np.where(between & ~less, middle, high)
+    return made(size, low)
 
 
 def fingerprint(model: BitNetForCausalLM) -> str:
@@ -219,7 +258,7 @@ def fingerprint(model: BitNetForCausalLM) -> str:
         if isinstance(module, nn.BitLinear):
             # detach(): the codes that quantizing keeps beside a weight go with this window.
             weight = module.weight if module.is_packed else module.weight.detach()
-            digest.update(path.encode() + np.float32(_core.ternary_stats(weight)[4]).tobytes())
+            digest.update(path.encode() + _core.ternary_scales(weight).numpy().tobytes())
             digest.update(_core.ternary_codes(weight).numpy().tobytes())
         elif isinstance(module, nn.RMSNorm):
             digest.update(path.encode() + module.weight.numpy(copy=True).tobytes())

@@ -8,7 +8,8 @@
             sections, each at the next multiple of 64 after the one before, zeros between; the last ends the file
 
     header      {"config": {...}, "provenance": {name: text}, "sections": [section, ...]}
-    section     {"name", "form", "shape", "offset", "bytes", "crc32"}, and "scale" for ternary codes
+    section     {"name", "form", "shape", "offset", "bytes", "crc32"}, and for ternary codes "scale", or "scales": that
+                many, one for each row, lie in f32 before the codes
 
     form          what the bytes are
     f32, bf16     numbers of a tensor, row by row
@@ -45,6 +46,7 @@ from bitnet.formats.source import Progress
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+Array = np.ndarray[Any, Any]
 MAGIC = b"\x89BITNET\n"
 VERSION = 1
 PREFIX = struct.Struct("<8sIIQ")
@@ -57,7 +59,10 @@ TOKENIZER = "tokenizer/"
 
 @dataclass(frozen=True)
 class Section:
-    """Where one tensor (or file of the tokenizer) lies, and how to read it. scale: of ternary codes, else None."""
+    """Where one tensor (or file of the tokenizer) lies, and how to read it.
+
+    Ternary codes have a scale, or as many scales as rows, which lie before them; all else has neither.
+    """
 
     name: str
     form: str
@@ -66,6 +71,12 @@ class Section:
     bytes: int
     crc32: int
     scale: float | None = None
+    scales: int | None = None
+
+    @property
+    def head(self) -> int:
+        """Bytes of the scales before the codes."""
+        return 4 * (self.scales or 0)
 
     @property
     def count(self) -> int:
@@ -120,12 +131,23 @@ class BitnetFile:
 
     def fifths(self, section: Section) -> memoryview:
         """The codes of a ternary section, five a byte: shared, or decoded. CheckpointError if they do not decode."""
+        codes = self.view(section)[section.head :]
         if section.form == "fifths":
-            return self.view(section)
+            return codes
         try:
-            return _core.rans_decode(self.view(section), -(-section.count // 5)).data
+            return _core.rans_decode(codes, -(-section.count // 5)).data
         except ValueError as error:
             raise self._refusal(f"{section.name} cannot be decoded: {error}") from None
+
+    def scales(self, section: Section) -> Array:
+        """The scales of a ternary section, f32, one or as many as rows. CheckpointError for one that cannot be."""
+        if section.scale is not None:
+            return np.array([section.scale], np.float32)
+        scales = np.frombuffer(self.view(section)[: section.head], "<f4")
+        bad = np.flatnonzero(~((scales > 0) & np.isfinite(scales)))
+        if bad.size:
+            raise self._refusal(f"{section.name} has the scale {scales[bad[0]]} in row {bad[0]}")
+        return scales
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's own files by name, verified; empty where there are none."""
@@ -179,14 +201,23 @@ class BitnetFile:
         for key, limit in (("offset", 2**63), ("bytes", 2**63), ("crc32", 2**32)):
             if not is_size(fields.get(key)) or fields[key] >= limit:
                 raise self._refusal(f"{name} has {key} {fields.get(key)!r}, which is no number below {limit}")
-        section = Section(name, form, tuple(shape), fields["offset"], fields["bytes"], fields["crc32"], _scale(fields))
-        if (section.scale is None) == (form in TERNARY) or (section.scale is None and fields.get("scale") is not None):
+        scales = fields.get("scales")
+        if scales is not None and (form not in TERNARY or "scale" in fields or not is_size(scales) or
+                                   scales != shape[0]):  # fmt: skip
+            raise self._refusal(f"{name} ({form}) has the scales {scales!r}, which belong to ternary codes without a "
+                                f"scale for all, one for each of {shape[0]} rows")  # fmt: skip
+        section = Section(name, form, tuple(shape), fields["offset"], fields["bytes"], fields["crc32"], _scale(fields),
+                          scales)  # fmt: skip
+        has_scale = section.scale is not None or scales is not None
+        if has_scale != (form in TERNARY) or (section.scale is None and fields.get("scale") is not None):
             raise self._refusal(f"{name} ({form}) has the scale {fields.get('scale')!r}")
         if form in TERNARY and len(shape) != 2:
             raise self._refusal(f"{name} has ternary codes of shape {shape}, which is no matrix")
-        needed = bytes_needed(form, section.count)
-        if section.bytes < 1 or section.bytes != (needed or section.bytes):
-            raise self._refusal(f"{name} has {section.bytes} bytes, but {needed or 'at least 1'} for its shape {shape}")
+        needed, least = bytes_needed(form, section.count), section.head + 1
+        needed = None if needed is None else section.head + needed
+        if section.bytes < least or section.bytes != (needed or section.bytes):
+            wanted = needed or f"at least {least}"
+            raise self._refusal(f"{name} has {section.bytes} bytes, but {wanted} for its shape {shape}")
         if (form == "bytes") != name.startswith(TOKENIZER) or (form == "bytes" and not _is_file_name(name)):
             raise self._refusal(f"{name!r} is no name of a section of form {form}")
         return section
@@ -236,11 +267,16 @@ def _scale(fields: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into a section: any C-contiguous buffer. scale: of ternary codes."""
+    """What goes into a section: any C-contiguous buffer. scale: of ternary codes, or f32 (rows,), one for each row."""
 
     form: str
     data: Buffer
-    scale: float | None = None
+    scale: float | Array | None = None
+
+    @property
+    def head(self) -> bytes:
+        """The scales of rows, which lie before the data."""
+        return self.scale.astype("<f4").tobytes() if isinstance(self.scale, np.ndarray) else b""
 
 
 @dataclass(frozen=True)
@@ -288,13 +324,16 @@ def _write(file: Any, config: dict[str, Any], provenance: dict[str, str], parts:
     for part, _ in zip(parts, turns, strict=True):
         content = part.make()
         data = memoryview(content.data).cast("B")
+        head = content.head
         offset = -(-end // ALIGN) * ALIGN
         file.write(bytes(offset - end))
+        file.write(head)
         file.write(data)
-        sections.append(
-            Section(part.name, content.form, part.shape, offset, data.nbytes, zlib.crc32(data), content.scale)
-        )
-        end = offset + data.nbytes
+        size, crc32 = len(head) + data.nbytes, zlib.crc32(data, zlib.crc32(head))
+        scale = None if isinstance(content.scale, np.ndarray) else content.scale
+        section = Section(part.name, content.form, part.shape, offset, size, crc32, scale, len(head) // 4 or None)
+        sections.append(section)
+        end = offset + size
         del content, data  # before the next is made
     text = _header(config, provenance, sections).ljust(room - PREFIX.size)
     file.seek(0)

@@ -37,7 +37,14 @@ from bitnet.formats.gguf_file import Part, Value, write
 from bitnet.formats.gguf_names import gguf_name, interleaved, is_projection, is_rotated, scale_name
 from bitnet.formats.gguf_types import BF16, F16, F32, I2_S, Q8_0, TERNARY, TQ1_0, TQ2_0, TensorType
 from bitnet.formats.source import Progress
-from bitnet.formats.weights import codes_of, floats_of, model_weights, refuse_adapters, refuse_levers
+from bitnet.formats.weights import (
+    codes_of,
+    floats_of,
+    model_weights,
+    refuse_adapters,
+    refuse_channel_scales,
+    refuse_levers,
+)
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -116,6 +123,7 @@ def plan_of(
     """How save_gguf() would write a model; ConfigError with the reason if it would not."""
     if flavour not in WEIGHTS:
         raise ConfigError(f"GGUF files have no flavour {flavour!r}; they have {', '.join(WEIGHTS)}")
+    refuse_channel_scales(config, "a ternary matrix of GGUF has one for all")
     is_ternary = config.linear == "bitlinear"
     allowed = WEIGHTS[flavour] if is_ternary else FULL_PRECISION
     weights, embeddings = weights or allowed[0], embeddings or "f16"
@@ -213,7 +221,7 @@ def _parts(name: str, weight: nn.BitLinear | Tensor, plan: Plan, config: BitNetC
 def _ternary(layer: nn.BitLinear, plan: Plan, head_dim: int | None, path: Path, name: str) -> Array:
     found = codes_of(layer)
     codes = found.codes if head_dim is None else interleaved(found.codes, head_dim)
-    scale = 1.0 if plan.scaled else found.scale
+    scale = 1.0 if plan.scaled else float(found.scale)
     try:
         if plan.weights in TERNARY:
             return encode_codes(plan.weights, codes, scale, plan.i2s_order)

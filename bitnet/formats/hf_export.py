@@ -37,6 +37,7 @@ from bitnet.formats.weights import (
     is_bf16,
     model_weights,
     refuse_adapters,
+    refuse_channel_scales,
     refuse_levers,
 )
 from bitnet.model import BitNetForCausalLM
@@ -86,6 +87,8 @@ def _check(model: BitNetForCausalLM, packed: bool, linear_class: str, dtype: str
     refuse_adapters(model)
     refuse_levers(model.config)
     c = model.config
+    refuse_channel_scales(c, "a packed layer of transformers has one for all" if packed else
+                          "transformers would quantize the latent weights again, with one for all")  # fmt: skip
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if linear_class not in LINEAR_CLASSES:

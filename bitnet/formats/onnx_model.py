@@ -72,7 +72,7 @@ def ternary_weight(name: str, shape: tuple[int, int], dtype: int, read: Callable
 
     def codes() -> Array:
         found = read()
-        scales[:] = [found.scale]
+        scales[:] = [float(found.scale)]
         return pack_int2(turned(found.codes)) if dtype == INT2 else turned(found.codes)
 
     def scale() -> Array:

@@ -1,8 +1,8 @@
 """A model into a `.bitnet` file, and out of it: one matrix at a time in memory beside the model itself.
 
-Ternary layers are stored as their codes and scale, so a packed file computes the very bits that the layers of the run
-computed. The other matrices (embedding, output head, layers of a full-precision twin) are stored in bf16 where that
-loses nothing, else in f32, unless the caller decides; norms always in f32.
+Ternary layers are stored as their codes and scale (or scales), so a packed file computes the very bits that the layers
+of the run computed. The other matrices (embedding, output head, layers of a full-precision twin) are stored in bf16
+where that loses nothing, else in f32, unless the caller decides; norms always in f32.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def save_packed(
 
 def _ternary(layer: nn.BitLinear, coded: bool) -> Content:
     found = codes_of(layer)
+    if isinstance(found.scale, np.ndarray) and not np.isfinite(found.scale).all():
+        row = int(np.flatnonzero(~np.isfinite(found.scale))[0])
+        raise CheckpointError(f"a ternary layer has the scale {found.scale[row]} in row {row}, which no file can hold")
     fifths = _core.pack_fifths(_core.from_buffer(found.codes, "i8", found.codes.shape))
     if coded:
         stream = _core.rans_encode(fifths)
@@ -157,8 +160,9 @@ class PackedSource:
         if name in self.checks:
             self.checks[name].result()
         section = self.sections[name]
-        if section.scale is not None:
-            return Fifths(self.file.fifths(section), section.scale)
+        if section.form in TERNARY:
+            scale = section.scale if section.scale is not None else self.file.scales(section)
+            return Fifths(self.file.fifths(section), scale)
         return Floats(self.file.view(section), section.form)
 
     def release(self, name: str) -> None:

@@ -33,18 +33,19 @@ Progress = Callable[[list[str]], Iterable[str]]  # wraps the names of the weight
 
 @dataclass(frozen=True)
 class Codes:
-    """codes: int8 (out, in), each -1, 0 or 1; a weight is its code times scale, a positive f32."""
+    """codes: int8 (out, in), each -1, 0 or 1; a weight is its code times scale, a positive f32, or that of its row, f32
+    (out,)."""
 
     codes: Array
-    scale: float
+    scale: float | Array
 
 
 @dataclass(frozen=True)
 class Fifths:
-    """The bytes of pack_fifths, row after row."""
+    """The bytes of pack_fifths, row after row; scale as of Codes."""
 
     data: Memory
-    scale: float
+    scale: float | Array
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,15 @@ def _check_kind(source: Source, name: str, module: nn.Linear | nn.Embedding) -> 
     if (module.weight.dtype == "prepared") != is_ternary and not (is_ternary and source.is_trainable):
         form = "ternary codes" if module.weight.dtype == "prepared" else "floats"
         raise CheckpointError(f"{source.path}: {name} is stored as {form}, which its config does not want")
+    if isinstance(module, nn.BitLinear) and module.has_channel_scales != source.config.has_channel_scales:
+        found = "a scale for each row" if module.has_channel_scales else "one scale"
+        raise CheckpointError(
+            f"{source.path}: {name} has {found}, but weight_scales is {source.config.weight_scales} in its config"
+        )
+
+
+def _scale(scale: float | Array) -> float | Tensor:
+    return _core.from_buffer(scale, "f32", scale.shape) if isinstance(scale, np.ndarray) else scale
 
 
 def tensor_of(stored: Stored, shape: tuple[int, ...], layout: str, stays: bool, is_trainable: bool) -> Tensor:
@@ -180,9 +190,9 @@ def tensor_of(stored: Stored, shape: tuple[int, ...], layout: str, stays: bool, 
     """
     if isinstance(stored, Fifths):
         rows, cols = shape
-        return _core.prepare_fifths(stored.data, rows, cols, stored.scale, layout)
+        return _core.prepare_fifths(stored.data, rows, cols, _scale(stored.scale), layout)
     if isinstance(stored, Codes):
-        return _core.prepare_ternary(_core.from_buffer(stored.codes, "i8", shape), stored.scale, layout)
+        return _core.prepare_ternary(_core.from_buffer(stored.codes, "i8", shape), _scale(stored.scale), layout)
     if is_trainable and stored.form == "f32":
         # A copy: what an optimizer moves into its own memory must not be lent to anyone.
         return nn.Parameter(np.frombuffer(stored.data, np.float32).reshape(shape))

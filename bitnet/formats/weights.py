@@ -37,6 +37,13 @@ def refuse_levers(config: BitNetConfig) -> None:
                           "ternary layers to 8 bits; a .bitnet file keeps it")  # fmt: skip
 
 
+def refuse_channel_scales(config: BitNetConfig, why: str) -> None:
+    """ConfigError, with what the format does instead, for ternary matrices with a scale for each row."""
+    if config.has_channel_scales:
+        raise ConfigError(f"weight_scales is channel, a scale for each row of a ternary matrix: {why}; a .bitnet file "
+                          "holds them")  # fmt: skip
+
+
 def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:
     """Everything a model is made of, by name: ternary layers, and tensors of the others."""
     for path, module in model.named_modules():
@@ -49,10 +56,11 @@ def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear 
 
 
 def codes_of(layer: nn.BitLinear) -> Codes:
-    """The codes and the scale that a layer multiplies, packed or not; the codes are a copy."""
+    """The codes and the scale or scales that a layer multiplies, packed or not; copies."""
     # detach(): the codes that quantizing keeps beside a weight go with this window instead of staying with the model.
     weight = layer.weight if layer.is_packed else layer.weight.detach()
-    return Codes(_core.ternary_codes(weight).numpy(), _core.ternary_stats(weight)[4])
+    scale = _core.ternary_scales(weight).numpy() if layer.has_channel_scales else _core.ternary_stats(weight)[4]
+    return Codes(_core.ternary_codes(weight).numpy(), scale)
 
 
 def floats_of(weight: Tensor) -> Array:
