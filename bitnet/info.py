@@ -23,7 +23,7 @@ MEANING = """\
 bits: bytes of the file times 8, by weights. entropy: bits that the shares of -1, 0 and 1 in this layer need, at most
 log2(3) = 1.5850, if codes are independent; zeros: the share of 0. A weight is its code times the scale."""
 
-ROW_SCALES = " Here each row has a scale of\nits own, which is in bits; what is shown is their mean."
+ROW_SCALES = "\nHere each row has a scale of its own, which is counted in bits; what is shown is their mean."
 
 
 def arguments() -> argparse.ArgumentParser:
