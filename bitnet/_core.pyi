@@ -252,8 +252,8 @@ def prepare_ternary(codes: Tensor, scale: float | Tensor, layout: str = "2", /) 
 def hold_ternary(weights: Sequence[Tensor], /) -> None:
     """Holds the present codes of latent weights: they stay, whatever is written to the weights. Uses them."""
 
-def hold_ternary_codes(weight: Tensor, codes: Tensor, scale: float, /) -> None:
-    """The same with codes i8 (out, in) and a scale that were made elsewhere. ValueError for what is no code."""
+def hold_ternary_codes(weight: Tensor, codes: Tensor, scale: Tensor, /) -> None:
+    """The same with codes i8 (out, in) and f32 scales (1,) or (out,) from elsewhere. ValueError for what is no code."""
 
 def use_held_ternary(weights: Sequence[Tensor], held: bool, /) -> None:
     """Whether products and whatever else reads codes find the held ones or those of the present values.

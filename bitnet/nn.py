@@ -307,9 +307,6 @@ class BitLinear(Linear):
         """Whether all it needs of x is the int8 form (q8), which norms and gates make in 8 bits."""
         return self.ternary_share == 1.0 and self.activation_bits == 8
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", 4-bit activations" if self.activation_bits == 4 else "")
-
     def ternary_stats(self) -> TernaryStats:
         """Counts of the present codes."""
         return TernaryStats(*_core.ternary_stats(self.weight)[:4])
@@ -355,7 +352,8 @@ class BitLinear(Linear):
         return linear
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", channel scales" if self.has_channel_scales else "")
+        text = super().extra_repr() + (", 4-bit activations" if self.activation_bits == 4 else "")
+        return text + (", channel scales" if self.has_channel_scales else "")
 
 
 class RMSNorm(Module):

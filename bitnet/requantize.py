@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
-from bitnet import _core
+from bitnet import _core, ops
 from bitnet.checkpoint import Arrays
 from bitnet.model import BitNetForCausalLM
 from bitnet.nn import Parameter
@@ -63,7 +61,7 @@ class HeldCodes:
         with self.in_force(step):
             for name, weight in self._named.items():
                 arrays[name] = _core.pack_fifths(_core.ternary_codes(weight))
-                arrays[name + SCALE] = np.array([_core.ternary_stats(weight)[4]], np.float32)
+                arrays[name + SCALE] = _core.ternary_scales(weight).numpy(copy=True)
         return arrays
 
     def load(self, arrays: Arrays | None) -> None:
@@ -75,7 +73,7 @@ class HeldCodes:
             return
         for name, weight in self._named.items():
             codes = _core.unpack_fifths(arrays[name], *weight.shape)
-            _core.hold_ternary_codes(weight, codes, float(arrays[name + SCALE][0]))
+            _core.hold_ternary_codes(weight, codes, ops.tensor(arrays[name + SCALE]))
         _core.use_held_ternary(self._weights, False)
 
     def is_fresh(self, step: int) -> bool:

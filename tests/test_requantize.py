@@ -27,6 +27,7 @@ CONFIG = TrainerConfig(
     steps=8, batch_size=2, seq_len=16, lr=5e-3, eval_every=4, save_every=2, sample_tokens=0, eval_blocks=4, plots=False,
     requantize_every=3, layer_stats=2,
 )  # fmt: skip
+ONE = ops.tensor(np.ones(1, np.float32))
 TIMINGS = ("seconds", "tokens_per_second", "mfu", "memory")
 
 
@@ -99,7 +100,7 @@ def test_codes_made_elsewhere_are_held_in_every_layout(isa: str) -> None:
     values = rng.standard_normal((2, 20, 70)).astype(np.float32)
     source.weight.copy_(values[0])
     other.weight.copy_(values[1])
-    _core.hold_ternary_codes(other.weight, source.codes(), source.weight_scale)
+    _core.hold_ternary_codes(other.weight, source.codes(), source.scales())
     x, dy = rng.standard_normal((3, 70)).astype(np.float32), rng.standard_normal((3, 20)).astype(np.float32)
     for precision in ("fp32", "int8"):
         results = []
@@ -122,7 +123,7 @@ def test_a_forward_pass_is_not_walked_back_over_other_codes() -> None:
     layer = BitLinear(8, 8)
     codes = layer.codes()
     for change in (
-        lambda: _core.hold_ternary_codes(layer.weight, codes, 1.0),
+        lambda: _core.hold_ternary_codes(layer.weight, codes, ONE),
         lambda: _core.use_held_ternary([layer.weight], False),
     ):
         loss = ops.sum(layer(ops.tensor(np.ones((2, 8), np.float32), requires_grad=True)))
@@ -134,9 +135,11 @@ def test_a_forward_pass_is_not_walked_back_over_other_codes() -> None:
 def test_what_cannot_be_held_is_refused() -> None:
     layer = BitLinear(6, 4)
     with pytest.raises(ValueError, match="code 5 of a ternary weight is 2, not -1, 0 or 1"):
-        _core.hold_ternary_codes(layer.weight, ops.tensor(np.eye(4, 6, 5, np.int8) * 2), 1.0)
+        _core.hold_ternary_codes(layer.weight, ops.tensor(np.eye(4, 6, 5, np.int8) * 2), ONE)
     with pytest.raises(_core.ShapeError, match=r"the codes to hold are i8 of shape \(6, 4\), not i8 of the weight's"):
-        _core.hold_ternary_codes(layer.weight, ops.tensor(np.zeros((6, 4), np.int8)), 1.0)
+        _core.hold_ternary_codes(layer.weight, ops.tensor(np.zeros((6, 4), np.int8)), ONE)
+    with pytest.raises(_core.ShapeError, match="the codes to hold have 4 scales in f32, the weight has 1 in f32"):
+        _core.hold_ternary_codes(layer.weight, layer.codes(), ops.tensor(np.ones(4, np.float32)))
     with pytest.raises(_core.ShapeError, match=r"codes are held of an f32 matrix, not of f32 of shape \(6,\)"):
         _core.hold_ternary([ops.zeros((6,))])
 
@@ -257,22 +260,26 @@ def test_a_run_shows_the_present_codes_and_trains_on_held_ones(folder: Path, tmp
 EVERYTHING = {"ema": 0.5, "optimizer": "muon", "ternary_from": 1, "ternary_ramp": 3, "grad_accum": 2}
 
 
-@pytest.mark.parametrize(("changes", "stops"), [({}, (4, 6)), (EVERYTHING, (5,))], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("changes", "shape", "stops"),
+    [({}, SHAPE, (4, 6)), (EVERYTHING, SHAPE.replace(weight_scales="channel"), (5,))],
+    ids=["plain", "everything"],
+)
 def test_a_run_killed_in_mid_interval_ends_in_the_same_bytes(
-    folder: Path, tmp_path: Path, changes: dict[str, Any], stops: tuple[int, ...]
+    folder: Path, tmp_path: Path, changes: dict[str, Any], shape: BitNetConfig, stops: tuple[int, ...]
 ) -> None:
     config = replace(CONFIG, **changes)
-    whole, plain = trainer(folder, config), trainer(folder, replace(config, requantize_every=1))
+    whole, plain = trainer(folder, config, shape), trainer(folder, replace(config, requantize_every=1), shape)
     whole.fit()
     plain.fit()
     assert numbers(whole)[0] != numbers(plain)[0]
     for stop in stops:
         out = tmp_path / str(stop)
         with pytest.raises(Interrupted):
-            trainer(folder, config, out=out, callbacks=[StopAt(stop)]).fit()
+            trainer(folder, config, shape, out=out, callbacks=[StopAt(stop)]).fit()
         newest = checkpoint.folder_of(out, checkpoint.steps(out)[-1])
         assert (newest / checkpoint.HELD).exists() == (stop != 6)
-        again = trainer(folder, config, out=out)
+        again = trainer(folder, config, shape, out=out)
         again.fit(resume=True)
         assert numbers(again) == numbers(whole)
     with open(checkpoint.folder_of(out, 8) / checkpoint.HELD, "r+b") as file:

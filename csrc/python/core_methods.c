@@ -419,14 +419,14 @@ static PyObject *release_ternary(PyObject *module, PyObject *weights) {
 }
 
 static PyObject *hold_ternary_codes(PyObject *module, PyObject *args) {
-    PyObject *object, *held;
-    float scale;
-    if (!PyArg_ParseTuple(args, "OOf:hold_ternary_codes", &object, &held, &scale)) {
+    PyObject *object, *held, *factor;
+    if (!PyArg_ParseTuple(args, "OOO:hold_ternary_codes", &object, &held, &factor)) {
         return NULL;
     }
     bn_tensor *weight = bn_unwrap(bn_state(module), object, "weight");
     const bn_tensor *codes = weight == NULL ? NULL : bn_unwrap(bn_state(module), held, "codes");
-    if (codes == NULL) {
+    const bn_tensor *scale = codes == NULL ? NULL : bn_unwrap(bn_state(module), factor, "scale");
+    if (scale == NULL) {
         return NULL;
     }
     bn_status status;

@@ -51,7 +51,7 @@ bn_status bn_ternary_hold(bn_tensor *weight) {
 }
 
 /* Codes as f32, rounded by a scale of one: those codes again, in every layout. */
-static bn_status put_codes(const bn_tensor *codes, float scale, bn_ternary *t) {
+static bn_status put_codes(const bn_tensor *codes, const bn_tensor *scale, bn_ternary *t) {
     const bn_backend *backend = bn_backend_of(t->scale);
     const float one = 1.0f;
     bn_tensor *real;
@@ -70,10 +70,10 @@ static bn_status put_codes(const bn_tensor *codes, float scale, bn_ternary *t) {
         status = bn_run_ternarize(backend, &args, bn_ceil_div(codes->shape[0], BN_PANEL_ROWS), 1);
     }
     bn_tensor_release(real);
-    return status == BN_OK ? backend->upload(bn_data(t->scale), &scale, sizeof scale) : status;
+    return status == BN_OK ? backend->upload(bn_data(t->scale), bn_f32(scale), bn_tensor_bytes(scale)) : status;
 }
 
-bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, float scale) {
+bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, const bn_tensor *scale) {
     if (codes->dtype != BN_I8 || !bn_same_shape(codes, weight)) {
         bn_shape_text a, b;
         return bn_fail(BN_ERR_SHAPE, "the codes to hold are %s of shape %s, not i8 of the weight's %s",
@@ -81,6 +81,10 @@ bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, float
     }
     BN_TRY(bn_ternary_require_codes(codes));
     BN_TRY(bn_ternary_hold(weight));
+    if (scale->dtype != BN_F32 || scale->count != weight->ternary->scale->count) {
+        return bn_fail(BN_ERR_SHAPE, "the codes to hold have %lld scales in %s, the weight has %lld in f32",
+                       (long long)scale->count, bn_dtype_name(scale->dtype), (long long)weight->ternary->scale->count);
+    }
     /* Of no version: a forward pass that read other codes cannot be walked back over these. */
     weight->ternary->version = 0;
     return put_codes(codes, scale, weight->ternary);

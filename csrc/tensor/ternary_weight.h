@@ -60,8 +60,9 @@ BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *
  */
 /* Holds the codes of the present values, in place of those held before. */
 BN_CHECKED bn_status bn_ternary_hold(bn_tensor *weight);
-/* Holds these codes, i8 of the weight's shape in host memory, and scale. BN_ERR_VALUE for what is no code. */
-BN_CHECKED bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, float scale);
+/* Holds these codes, i8 of the weight's shape, and scale, f32 (1) or (rows) as the weight has it, both in host memory.
+ * BN_ERR_VALUE for what is no code. */
+BN_CHECKED bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, const bn_tensor *scale);
 /* BN_ERR_STATE for held codes of a weight that has none. */
 BN_CHECKED bn_status bn_ternary_use_held(bn_tensor *weight, bool held);
 /* The next refresh makes the codes anew, and counts how many of the held ones it changes. */
