@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from reference import quantize
 
 import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM, ShapeError, _core, checkpoint, nn, ops
+from bitnet.config import WRITTEN_WHERE_SET
 from bitnet.data import pack
 from bitnet.decoding import Decoder
 from bitnet.errors import CheckpointError, ConfigError
@@ -410,12 +412,20 @@ def test_formats_without_a_place_refuse(tmp_path: Path) -> None:
 
 def test_files_of_before_keep_their_bytes() -> None:
     """Nothing names the field where it is the default, and what other programs read says that they cannot."""
-    assert PLAIN.stored() == {name: value for name, value in asdict(PLAIN).items() if name != "weight_scales"}
+    assert PLAIN.as_dict() == {name: value for name, value in asdict(PLAIN).items() if name not in WRITTEN_WHERE_SET}
     assert "weight_scales" not in config_json(PLAIN, None)
     told = config_json(CONFIG, None)
     assert told["weight_scales"] == "channel"
-    assert told["quantization_config"]["quant_method"] == "bitnet-channel"
     assert fingerprint(BitNetForCausalLM(PLAIN, 1)) != fingerprint(BitNetForCausalLM(CONFIG, 1))
+
+
+@pytest.mark.parametrize("field", [{"weight_scales": "channel"}, {"hadamard": True}, {"activation_bits": 4}], ids=str)
+def test_transformers_refuses_what_it_would_compute_otherwise(field: dict[str, Any], tmp_path: Path) -> None:
+    auto = pytest.importorskip("transformers").AutoConfig
+    for config, refused in ((PLAIN, False), (PLAIN.replace(**field), True)):
+        (tmp_path / "config.json").write_text(json.dumps(config_json(config, None)))
+        with pytest.raises(ValueError, match="bitnet-extended") if refused else nullcontext():
+            auto.from_pretrained(tmp_path)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

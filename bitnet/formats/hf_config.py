@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitnet.config import BitNetConfig
+from bitnet.config import WRITTEN_WHERE_SET, BitNetConfig
 from bitnet.errors import CheckpointError
 from bitnet.formats.source import POSITIONS_MAX, Reading
 from bitnet.tokenizer import Tokenizer
@@ -237,12 +237,13 @@ def _spares(pattern: str, name: str) -> bool:
 
 def config_json(config: BitNetConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """config.json of this project's own checkpoints: the fields of published ones, and the project's."""
-    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", **config.as_dict()}
+    fields = config.as_dict()
+    # transformers refuses a type that it does not know, and would leave out what these fields ask for.
+    model_type = "bitnet-extended" if fields.keys() & set(WRITTEN_WHERE_SET) else "bitnet"
+    out: dict[str, Any] = {"architectures": ["BitNetForCausalLM"], "model_type": model_type, **fields}
     out |= {"use_cache": True, "torch_dtype": "float32"} | _document_ends(tokenizer)
     if config.linear == "bitlinear":
         out["quantization_config"] = _quantization_json(config, "autobitlinear", "online")
-        if config.has_channel_scales:  # transformers refuses what it does not know, and would take one scale for all
-            out["quantization_config"]["quant_method"] = "bitnet-channel"
     return out
 
 
