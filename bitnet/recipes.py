@@ -12,7 +12,6 @@ Nothing is fetched but by naming a recipe; with files of your own in the place o
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from bitnet.errors import ConfigError
 from bitnet.prepare import Filters, Preparation, pack
+from bitnet.shipped import shipped, shipped_names
 from bitnet.yaml_file import load_yaml
 
 FIELDS = ("about", "licence", "size", "source", "sha256", "pack", "prepare", "parts")
@@ -42,19 +42,13 @@ class Recipe:
     parts: dict[str, dict[str, Any]]
 
 
-def folders() -> list[Path]:
-    """Where recipes are looked for by name: beside the package in a checkout, or where it was installed."""
-    return [Path(__file__).parents[1] / "datasets", Path(sysconfig.get_path("data"), "share", "bitnet", "datasets")]
-
-
 def find(name: str) -> Recipe:
     """A recipe by name, or by the path of its file. Raises ConfigError."""
-    places = [Path(name)] if name.endswith(".yaml") else [folder / f"{name}.yaml" for folder in folders()]
-    for path in places:
-        if path.is_file():
-            return read(path)
-    known = sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")} | {"stdlib"})
-    raise ConfigError(f"there is no recipe {name!r}; one of {', '.join(known)}, or a file that ends in .yaml")
+    path = Path(name) if name.endswith(".yaml") else shipped("datasets", name)
+    if path is not None and path.is_file():
+        return read(path)
+    known = ", ".join(sorted({*shipped_names("datasets"), "stdlib"}))
+    raise ConfigError(f"there is no recipe {name!r}; one of {known}, or a file that ends in .yaml")
 
 
 def read(path: Path) -> Recipe:

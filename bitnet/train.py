@@ -34,6 +34,7 @@ from bitnet.pretrained import from_pretrained, located
 from bitnet.rows import Conversations, DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
+from bitnet.shipped import shipped, shipped_names
 from bitnet.tokenizer import Tokenizer
 from bitnet.trainer import Trainer
 from bitnet.trainer_config import TrainerConfig
@@ -49,6 +50,7 @@ examples:
   bitnet train --data book.txt --tokenizer chars --preset char --minutes 10
   bitnet train --data texts/ more.jsonl --preset 125m --grad-accum 8 --steps 20000
   bitnet train --data packs/web=0.7 packs/code=0.3      several packs, mixed (or a mixture.yaml)
+  bitnet train --config tinyshakespeare --data tinyshakespeare.txt    a recipe that was measured; --twin: its twin
   bitnet train --hidden-size 512 --num-hidden-layers 6 --twin
   bitnet train --config runs/nano-stdlib-001/train.yaml --lr 1e-3 --out runs/lower
   bitnet train --init runs/nano-stdlib-001 --data notes.txt --lr 5e-4
@@ -80,7 +82,8 @@ def arguments() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run folder to make (runs/PRESET-TEXT-NNN)")
     run.add_argument("--resume", metavar="DIR", help="run folder to go on with; other flags change its options")
-    run.add_argument("--config", metavar="FILE", help="YAML file of options, under the names of these flags")
+    run.add_argument("--config", metavar="FILE", help="YAML file of options, under the names of these flags, "
+                     f"or a recipe: {', '.join(shipped_names('recipes'))}")  # fmt: skip
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any option by name; repeatable")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     seen: set[str] = set()
@@ -155,7 +158,7 @@ def train(args: argparse.Namespace) -> Trainer:
             raise CheckpointError(f"{out} is no run to resume: it has no {OPTIONS_FILE}")
         settings = Settings.of(resumed(read_yaml(out / OPTIONS_FILE), given, out))
     else:
-        settings = Settings.of({**(read_yaml(args.config) if args.config else {}), **given})
+        settings = Settings.of({**_configured(args.config, given), **given})
         out = _make_folder(settings, args.out)
         write_yaml(out / OPTIONS_FILE, settings)
     try:
@@ -184,6 +187,19 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     write_yaml(out / OPTIONS_FILE, replace(settings, trainer=trainer.config))
     _introduce(trainer)
     return trainer
+
+
+def _configured(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of --config: a file, or the name of a recipe; without its text where flags name another."""
+    if config is None:
+        return {}
+    path = Path(config) if Path(config).is_file() else shipped("recipes", config)
+    if path is None:
+        raise ConfigError(f"there is no file and no recipe {config!r}; recipes: {', '.join(shipped_names('recipes'))}")
+    options = read_yaml(path)
+    if given.keys() & {"data", "recipe"}:
+        options = {name: value for name, value in options.items() if name not in ("data", "recipe")}
+    return options
 
 
 def options_given(args: argparse.Namespace) -> dict[str, Any]:
