@@ -1,31 +1,33 @@
 """What each lever of ternary training is worth in loss: the same run with and without it, for several seeds.
 
-    bitnet data --recipe stdlib --out PACK
-    python benchmarks/ablation.py --data PACK --preset nano --steps 2000 --seeds 0 1 2 3
+    bitnet data --recipe stdlib --tokenizer bytes --max-mb 12 --out PACK
+    python benchmarks/ablation.py --data PACK --work RUNS --jobs 2 --seeds 0 1 2
 
 A seed fixes the initial weights and the batches, so a run with a lever is compared with the plain run of its seed: the
 mean of those differences has a smaller error than the difference of the means. The gap is to the full-precision twin
 of the seed, trained plainly, or with --own-twins by the same lever where a twin has it too: a lever that helps both
-closes the first gap and not the second. All runs share one learning rate; what a lever would reach with its own, --lr
-says run by run.
+closes the first gap and not the second. --lrs adds plain runs and twins at other learning rates.
+
+Every run is a process of `bitnet train` whose folder stays in --work: what was interrupted goes on with the runs that
+are missing, and `bitnet report` draws any of them. Threads and jobs change no figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import history
 import machine
 
-from bitnet import train
 from bitnet.data import pack
 from bitnet.metrics import read_metrics
 
@@ -34,40 +36,97 @@ PLAIN, TWIN = "plain", "twin"
 LEVERS: dict[str, Callable[[int, Path], list[str]]] = {
     "two-stage": lambda steps, twin: ["--schedule", "two-stage"],
     "wsd": lambda steps, twin: ["--schedule", "wsd"],
-    "ema": lambda steps, twin: ["--ema", str(max(0.5, 1 - 10 / steps))],  # an average over a tenth of the run
+    "ema": lambda steps, twin: ["--ema", str(max(0.5, 1 - 20 / steps))],  # an average over a twentieth of the run
     "muon": lambda steps, twin: ["--optimizer", "muon"],
     "distill": lambda steps, twin: ["--teacher", str(twin)],
+    "distill-attention": lambda steps, twin: ["--teacher", str(twin), "--distill-attention", "1"],
     "switch": lambda steps, twin: ["--ternary-from", str(steps // 5)],
     "ramp": lambda steps, twin: ["--ternary-from", str(steps // 5), "--ternary-ramp", str(max(1, steps // 5))],
+    "requantize-8": lambda steps, twin: ["--requantize-every", "8"],
+    "channel-scales": lambda steps, twin: ["--weight-scales", "channel"],
+    "hadamard": lambda steps, twin: ["--hadamard", "true"],
+    "int4": lambda steps, twin: ["--activation-bits", "4"],
+    "int4-hadamard": lambda steps, twin: ["--activation-bits", "4", "--hadamard", "true"],
 }
-TERNARY_ONLY = ("distill", "switch", "ramp")  # a twin has nothing to do with these
+SHARED = ("two-stage", "wsd", "ema", "muon")  # what a twin can have too
 QUICK = "--hidden-size 32 --intermediate-size 48 --num-hidden-layers 1 --num-attention-heads 2 --eval-blocks 4".split()
 
 
-def loss(args: argparse.Namespace, seed: int, out: Path, flags: list[str]) -> float:
-    """The last validation loss of one run, of its averaged weights if it has them."""
-    words = ["--data", str(args.data), "--out", str(out), "--preset", args.preset, "--seq-len", str(args.seq_len),
-             "--batch-size", str(args.batch_size), "--steps", str(args.steps), "--lr", str(args.lr),
-             "--eval-every", str(args.steps), "--save-every", str(args.steps), "--sample-tokens", "0",
-             "--plots", "false", "--layer-stats", "0", "--seed", str(seed), *(QUICK if args.quick else []),
-             *flags]  # fmt: skip
-    with redirect_stdout(io.StringIO()):
-        status = train.main(words)
-    if status:
-        sys.exit(f"bitnet train {' '.join(words)} ended with status {status}")
-    last = read_metrics(out / "metrics.jsonl")[-1]
-    return float(last.get("val_loss_ema") or last["val_loss"])
+class Ablation:
+    """The runs of one call: their commands, their folders, and their losses."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Of the runs of one seed: what comes first because others learn from it, and the rest."""
+        args = self.args
+        later = [f"{PLAIN} lr {lr:g}" for lr in args.lrs] + [f"{TWIN} lr {lr:g}" for lr in args.lrs] + args.levers
+        return [TWIN, PLAIN], later + [f"{TWIN} {name}" for name in args.levers if args.own_twins and name in SHARED]
+
+    def words(self, name: str, seed: int) -> list[str]:
+        """The flags of a run of `bitnet train`, without its folder."""
+        args = self.args
+        kind, _, lever = name.partition(" ")
+        if kind not in (PLAIN, TWIN):
+            lever = name
+        flags = ["--twin"] if kind == TWIN else []
+        lr = args.lr
+        if lever.startswith("lr "):
+            lr = float(lever.removeprefix("lr "))
+        elif lever:
+            flags += LEVERS[lever](args.steps, self.folder(TWIN, seed))
+        return ["--data", str(args.data), "--preset", args.preset, "--seq-len", str(args.seq_len),
+                "--batch-size", str(args.batch_size), "--steps", str(args.steps), "--lr", str(lr),
+                "--eval-every", str(max(1, args.steps // 4)), "--save-every", str(args.steps), "--sample-tokens", "0",
+                "--plots", "false", "--layer-stats", "0", "--seed", str(seed), "--threads", str(args.threads),
+                *(f"--set={text}" for text in args.set), *(QUICK if args.quick else []), *flags]  # fmt: skip
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a run lies."""
+        return self.work / f"{name.replace(' ', '-')}-{seed}"
+
+    def loss(self, run: tuple[str, int]) -> float:
+        """The last validation loss of a run, of its averaged weights if it has them: trained now, or gone on with."""
+        name, seed = run
+        out, words = self.folder(name, seed), self.words(name, seed)
+        record = out.with_suffix(".json")
+        if record.is_file() and json.loads(record.read_text()) != words:
+            sys.exit(f"{out} holds a run with other options: choose another --work")
+        record.write_text(json.dumps(words))
+        if _last_step(out) < self.args.steps:
+            where = ["--resume", str(out)] if (out / "train.yaml").is_file() else [*words, "--out", str(out)]
+            command = [sys.executable, "-m", "bitnet.train", *where]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{' '.join(command[1:])} ended with status {done.returncode}: {done.stderr}")
+        last = read_metrics(out / "metrics.jsonl")[-1]
+        value = float(last.get("val_loss_ema") or last["val_loss"])
+        print(f"seed {seed}  {name:<22} {value:.4f}", flush=True)
+        return value
+
+    def losses(self) -> list[dict[str, float]]:
+        """Of every seed, the loss of every run."""
+        found: dict[tuple[str, int], float] = {}
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for names in self.names():
+                runs = [(name, seed) for seed in self.args.seeds for name in names]
+                found.update(zip(runs, pool.map(self.loss, runs), strict=True))
+        names = [name for group in self.names() for name in group]
+        return [{name: found[name, seed] for name in names} for seed in self.args.seeds]
 
 
-def seed_losses(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, float]:
-    """Losses of one seed: of the twin, the plain run, each lever, and `twin NAME` of those twins that have one."""
-    found = {TWIN: loss(args, seed, folder / TWIN, ["--twin"]), PLAIN: loss(args, seed, folder / PLAIN, [])}
-    for name in args.levers:
-        flags = LEVERS[name](args.steps, folder / TWIN)
-        found[name] = loss(args, seed, folder / name, flags)
-        if args.own_twins and name not in TERNARY_ONLY:
-            found[f"{TWIN} {name}"] = loss(args, seed, folder / f"{TWIN}-{name}", ["--twin", *flags])
-    return found
+def _numbers(folder: Path) -> Path:
+    """A tiny pack."""
+    (folder / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
+    return pack(folder / "text.txt", folder / "pack", "bytes", seq_len=16, log=lambda line: None)
+
+
+def _last_step(run: Path) -> int:
+    """Of its metrics, 0 for a run that has none."""
+    metrics = run / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.is_file() else []
+    return int(records[-1]["step"]) if records else 0
 
 
 def summary(values: list[float], sign: str = "") -> str:
@@ -80,7 +139,8 @@ def table(losses: list[dict[str, float]]) -> str:
     """Loss, difference from the plain run and gap to the twin of every run, over the seeds, in nats per token."""
     rows = [("", "validation loss", "minus plain", "gap to the twin")]
     for name in losses[0]:
-        own = f"{TWIN} {name}" if f"{TWIN} {name}" in losses[0] else TWIN
+        own = f"{TWIN} {name.removeprefix(PLAIN).strip()}"  # trained by the same lever, or at the same rate
+        own = own if own in losses[0] else TWIN
         by = summary([one[name] - one[PLAIN] for one in losses], "+")
         gap = summary([one[name] - one[own] for one in losses], "+")
         rows.append((name, summary([one[name] for one in losses]), by, gap))
@@ -92,8 +152,11 @@ def table(losses: list[dict[str, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Validation loss with each lever of ternary training.")
     parser.add_argument("--data", type=Path, metavar="PACK", help="a folder that bitnet data made")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where the runs are kept (default: nowhere)")
     parser.add_argument("--preset", default="nano", metavar="P", help="(default nano)")
-    parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), metavar="NAME",
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="options of bitnet train for every run, such as hidden_size=192")  # fmt: skip
+    parser.add_argument("--levers", nargs="*", choices=LEVERS, default=list(LEVERS), metavar="NAME",
                         help=f"of {', '.join(LEVERS)} (default: all)")  # fmt: skip
     parser.add_argument("--own-twins", action="store_true", help="train a twin by each lever that twins have too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="(default 0 1 2)")
@@ -101,6 +164,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=256, metavar="T", help="(default 256)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default 2e-3)")
+    parser.add_argument(
+        "--lrs", type=float, nargs="*", default=[], metavar="X", help="others, for plain runs and twins"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (default 1)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, text and run: only shows that it works")
     history.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -108,23 +176,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--data is needed, or --quick")
     here = machine.fingerprint()
     print(machine.one_line(here))
-    losses: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
         if args.quick:
-            args.steps, args.seq_len, args.batch_size, args.data = 5, 16, 2, Path(scratch, "pack")
-            Path(scratch, "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-            pack(Path(scratch, "text.txt"), args.data, "bytes", seq_len=args.seq_len, log=lambda line: None)
+            args.data = args.data or _numbers(Path(scratch))
+            args.steps, args.seq_len, args.batch_size = 5, 16, 2
+        work = args.work or Path(scratch, "runs")
+        work.mkdir(parents=True, exist_ok=True)
         print(f"{args.preset}, {args.steps} steps of {args.batch_size} x {args.seq_len} tokens", flush=True)
-        for seed in args.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                losses.append(seed_losses(args, seed, Path(folder)))
-            print(f"seed {seed}: " + "  ".join(f"{name} {value:.4f}" for name, value in losses[-1].items()), flush=True)
+        losses = Ablation(args, work).losses()
     print(table(losses))
     results: list[dict[str, Any]] = []
     for name in losses[0]:
         by = [one[name] - one[PLAIN] for one in losses]
         results.append(history.entry(name, [one[name] for one in losses], "nats", False, minus_plain=by))
-    names = ("preset", "seeds", "steps", "seq_len", "batch_size", "lr", "quick", "own_twins")
+    names = ("preset", "set", "seeds", "steps", "seq_len", "batch_size", "lr", "quick", "own_twins")
     settings = {name: getattr(args, name) for name in names} | {"data": args.data.name}
     history.keep(args, [history.run("ablation", settings, here, results)])
 
