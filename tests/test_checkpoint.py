@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_files_are_those_of_published_checkpoints(tmp_path: Path) -> None:
     assert config["model_type"] == "bitnet"
     assert config["quantization_config"]["quantization_mode"] == "online"
     assert config["eos_token_id"] == 256
-    assert {name: config[name] for name in asdict(SHAPE)} == asdict(SHAPE)
+    assert {name: config[name] for name in SHAPE.as_dict()} == SHAPE.as_dict()
     header = (folder / "model.safetensors").read_bytes()
     names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     assert names["__metadata__"] == {"format": "pt"}

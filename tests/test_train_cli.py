@@ -124,7 +124,7 @@ def test_requests_that_cannot_be_met(text: Path, capsys: pytest.CaptureFixture[s
         ("--config", "bad.yaml"): "unknown option 'learning_rate' in bad.yaml",
         ("--config", "text.yaml"): "text.yaml must hold names and values",
         ("--config", "type.yaml"): "steps must be an integer, not 'many' in type.yaml",
-        ("--config", "none.yaml"): "none.yaml cannot be read: No such file",
+        ("--config", "none.yaml"): "there is no file and no recipe 'none.yaml'; recipes: stdlib, tinyshakespeare",
         ("--preset", "nan"): "unknown preset 'nan' (did you mean 'nano'?)",
         ("--data", "empty"): "the corpus is empty",
         ("--data", "nowhere.txt"): f"there is no file or folder {text.parent / 'nowhere.txt'}",
