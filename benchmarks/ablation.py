@@ -6,7 +6,7 @@
 A seed fixes the initial weights and the batches, so a run with a lever is compared with the plain run of its seed: the
 mean of those differences has a smaller error than the difference of the means. The gap is to the full-precision twin
 of the seed, trained plainly, or with --own-twins by the same lever where a twin has it too: a lever that helps both
-closes the first gap and not the second. --lrs adds plain runs and twins at other learning rates.
+closes the first gap and not the second. --lrs adds plain runs at other learning rates.
 
 Every run is a process of `bitnet train` whose folder stays in --work: what was interrupted goes on with the runs that
 are missing, and `bitnet report` draws any of them. Threads and jobs change no figure.
@@ -61,8 +61,10 @@ class Ablation:
     def names(self) -> tuple[list[str], list[str]]:
         """Of the runs of one seed: what comes first because others learn from it, and the rest."""
         args = self.args
-        later = [f"{PLAIN} lr {lr:g}" for lr in args.lrs] + [f"{TWIN} lr {lr:g}" for lr in args.lrs] + args.levers
-        return [TWIN, PLAIN], later + [f"{TWIN} {name}" for name in args.levers if args.own_twins and name in SHARED]
+        rates = [f"lr {lr:g}" for lr in args.lrs]
+        own = [*rates, *(name for name in args.levers if name in SHARED)] if args.own_twins else []
+        later = [f"{PLAIN} {rate}" for rate in rates] + args.levers + [f"{TWIN} {name}" for name in own]
+        return [TWIN, PLAIN], later
 
     def words(self, name: str, seed: int) -> list[str]:
         """The flags of a run of `bitnet train`, without its folder."""
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="options of bitnet train for every run, such as hidden_size=192")  # fmt: skip
     parser.add_argument("--levers", nargs="*", choices=LEVERS, default=list(LEVERS), metavar="NAME",
                         help=f"of {', '.join(LEVERS)} (default: all)")  # fmt: skip
-    parser.add_argument("--own-twins", action="store_true", help="train a twin by each lever that twins have too")
+    parser.add_argument("--own-twins", action="store_true", help="train a twin by each lever and rate that it has too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="(default 0 1 2)")
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of each run (default 1000)")
     parser.add_argument("--seq-len", type=int, default=256, metavar="T", help="(default 256)")
