@@ -194,7 +194,8 @@ class BitNetForCausalLM(nn.Module):
             weight = make.matrix("lm_head", config.vocab_size, config.hidden_size)
             layer = nn.BitLinear if config.quantize_head else nn.Linear
             self.lm_head = layer(config.hidden_size, config.vocab_size, weight=weight)
-        if config.quantize_head and config.weight_scales == "channel":
+        # A packed one has what it was made with.
+        if config.quantize_head and config.weight_scales == "channel" and self.head_weight.dtype == "f32":
             _core.scale_channels(self.head_weight)
 
     @property

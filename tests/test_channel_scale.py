@@ -380,11 +380,17 @@ def test_values_that_are_no_scales_are_refused(file: Path, tmp_path: Path) -> No
     assert not (tmp_path / "nan.bitnet").exists()
 
 
-def test_one_scale_in_a_file_of_channels_is_refused(tmp_path: Path) -> None:
-    model = BitNetForCausalLM(PLAIN)
-    model.config = CONFIG
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({}, Q), ({"linear": "linear", "quantize_head": True, "tie_word_embeddings": False}, "lm_head.weight")],
+    ids=["layers", "head"],
+)
+def test_one_scale_in_a_file_of_channels_is_refused(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+    model = BitNetForCausalLM(PLAIN.replace(**changes))
+    model.config = CONFIG.replace(**changes)
     save_packed(model, tmp_path / "x.bitnet")
-    with pytest.raises(CheckpointError, match="has one scale, but weight_scales is channel in its config"):
+    sentence = f"x.bitnet: {name} has one scale, but weight_scales is channel in its config"
+    with pytest.raises(CheckpointError, match=sentence):
         load_packed(tmp_path / "x.bitnet")
 
 
