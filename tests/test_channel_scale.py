@@ -372,12 +372,13 @@ def test_values_that_are_no_scales_are_refused(file: Path, tmp_path: Path) -> No
     write(tmp_path / "three.bitnet", {}, {}, [Part("w", (4, 5), lambda: content)])
     with pytest.raises(CheckpointError, match=r"w \(fifths\) has the scales 3, which .* one for each of 4 rows"):
         BitnetFile(tmp_path / "three.bitnet")
-    model = BitNetForCausalLM(CONFIG)
-    weight = next(model.bitlinears())[1].weight
-    weight.copy_(np.full(weight.shape, np.nan, np.float32))
-    with pytest.raises(CheckpointError, match="has the scale nan in row 0, which no file can hold"):
-        save_packed(model, tmp_path / "nan.bitnet")
-    assert not (tmp_path / "nan.bitnet").exists()
+    for config, where in ((CONFIG, " in row 0"), (PLAIN, "")):
+        model = BitNetForCausalLM(config)
+        weight = next(model.bitlinears())[1].weight
+        weight.copy_(np.full(weight.shape, np.nan, np.float32))
+        with pytest.raises(CheckpointError, match=f"{Q} has the scale nan{where}, which no file can hold"):
+            save_packed(model, tmp_path / "nan.bitnet")
+        assert not (tmp_path / "nan.bitnet").exists()
 
 
 @pytest.mark.parametrize(

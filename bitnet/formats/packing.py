@@ -57,18 +57,20 @@ def save_packed(
     for name, weight in model_weights(model):
         if isinstance(weight, nn.BitLinear):
             shape: tuple[int, ...] = (weight.out_features, weight.in_features)
-            parts.append(Part(name, shape, partial(_ternary, weight, coded)))
+            parts.append(Part(name, shape, partial(_ternary, name, weight, coded)))
         else:
             form = floats if len(weight.shape) == 2 else "f32"
             parts.append(Part(name, weight.shape, partial(_floats, weight, form)))
     write(path, config_json(model.config, tokenizer), provenance or {}, parts, force=force, progress=progress)
 
 
-def _ternary(layer: nn.BitLinear, coded: bool) -> Content:
+def _ternary(name: str, layer: nn.BitLinear, coded: bool) -> Content:
     found = codes_of(layer)
-    if isinstance(found.scale, np.ndarray) and not np.isfinite(found.scale).all():
-        row = int(np.flatnonzero(~np.isfinite(found.scale))[0])
-        raise CheckpointError(f"a ternary layer has the scale {found.scale[row]} in row {row}, which no file can hold")
+    scales = np.atleast_1d(found.scale)
+    bad = np.flatnonzero(~np.isfinite(scales))
+    if bad.size:
+        where = f" in row {bad[0]}" if isinstance(found.scale, np.ndarray) else ""
+        raise CheckpointError(f"{name} has the scale {scales[bad[0]]}{where}, which no file can hold")
     fifths = _core.pack_fifths(_core.from_buffer(found.codes, "i8", found.codes.shape))
     if coded:
         stream = _core.rans_encode(fifths)
