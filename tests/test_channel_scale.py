@@ -261,6 +261,11 @@ def test_refusals_of_layers() -> None:
     ops.bitlinear(bitnet.tensor(np.ones((1, 4), np.float32)), weight)
     with pytest.raises(RuntimeError, match="multiplied with one scale cannot have channel scales any more"):
         nn.BitLinear(4, 3, weight=weight, weight_scales="channel")
+    held = nn.BitLinear(4, 3).weight
+    _core.hold_ternary([held])
+    _core.use_held_ternary([held], False)  # its only codes are aside
+    with pytest.raises(RuntimeError, match="multiplied with one scale cannot have channel scales any more"):
+        _core.scale_channels(held)
     with pytest.raises(RuntimeError, match="prepared with one scale"):
         _core.scale_channels(nn.BitLinear(4, 3).pack().weight)
     with pytest.raises(ValueError, match="weight_scales of a BitLinear must be one of"):

@@ -35,7 +35,7 @@ bn_status bn_ternary_scale_channels(bn_tensor *weight) {
     if (weight->channel_scales) {
         return BN_OK;
     }
-    if (weight->ternary != NULL) {
+    if (weight->ternary != NULL || weight->aside != NULL) {
         return bn_fail(BN_ERR_STATE, "a ternary weight that was %s with one scale cannot have channel scales any more",
                        weight->dtype == BN_PREPARED ? "prepared" : "multiplied");
     }
