@@ -140,6 +140,8 @@ def test_what_cannot_be_held_is_refused() -> None:
         _core.hold_ternary_codes(layer.weight, ops.tensor(np.zeros((6, 4), np.int8)), ONE)
     with pytest.raises(_core.ShapeError, match="the codes to hold have 4 scales in f32, the weight has 1 in f32"):
         _core.hold_ternary_codes(layer.weight, layer.codes(), ops.tensor(np.ones(4, np.float32)))
+    with pytest.raises(RuntimeError, match="no codes of this weight of 4 x 6 are held"):  # nor were its own
+        _core.use_held_ternary([layer.weight], True)
     with pytest.raises(_core.ShapeError, match=r"codes are held of an f32 matrix, not of f32 of shape \(6,\)"):
         _core.hold_ternary([ops.zeros((6,))])
 

@@ -79,12 +79,13 @@ bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, const
         return bn_fail(BN_ERR_SHAPE, "the codes to hold are %s of shape %s, not i8 of the weight's %s",
                        bn_dtype_name(codes->dtype), bn_shape_print(codes, &a), bn_shape_print(weight, &b));
     }
+    const int64_t scales = weight->channel_scales ? weight->shape[0] : 1;
+    if (scale->dtype != BN_F32 || scale->count != scales) {
+        return bn_fail(BN_ERR_SHAPE, "the codes to hold have %lld scales in %s, the weight has %lld in f32",
+                       (long long)scale->count, bn_dtype_name(scale->dtype), (long long)scales);
+    }
     BN_TRY(bn_ternary_require_codes(codes));
     BN_TRY(bn_ternary_hold(weight));
-    if (scale->dtype != BN_F32 || scale->count != weight->ternary->scale->count) {
-        return bn_fail(BN_ERR_SHAPE, "the codes to hold have %lld scales in %s, the weight has %lld in f32",
-                       (long long)scale->count, bn_dtype_name(scale->dtype), (long long)weight->ternary->scale->count);
-    }
     /* Of no version: a forward pass that read other codes cannot be walked back over these. */
     weight->ternary->version = 0;
     return put_codes(codes, scale, weight->ternary);
