@@ -124,6 +124,7 @@ def test_a_forward_pass_is_not_walked_back_over_other_codes() -> None:
     codes = layer.codes()
     for change in (
         lambda: _core.hold_ternary_codes(layer.weight, codes, ONE),
+        lambda: _core.hold_ternary_codes(layer.weight, codes, ONE),  # in place of those held before
         lambda: _core.use_held_ternary([layer.weight], False),
     ):
         loss = ops.sum(layer(ops.tensor(np.ones((2, 8), np.float32), requires_grad=True)))

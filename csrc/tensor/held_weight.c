@@ -86,7 +86,8 @@ bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, const
     }
     BN_TRY(bn_ternary_require_codes(codes));
     BN_TRY(bn_ternary_hold(weight));
-    /* Of no version: a forward pass that read other codes cannot be walked back over these. */
-    weight->ternary->version = 0;
+    /* Of no version of the weight, and of none before: a forward pass that read other codes, held ones too, cannot be
+     * walked back over these. */
+    weight->ternary->version = UINT64_MAX - weight->ternary->refreshes;
     return put_codes(codes, scale, weight->ternary);
 }

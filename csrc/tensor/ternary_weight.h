@@ -15,7 +15,7 @@ struct bn_ternary {
     bn_tensor *scale;    /* f32 (1), or (rows) where the weight has channel_scales */
     bn_tensor *tally;    /* i32 (rows, 4): minus, zero, plus, flipped at the last refresh */
     bn_storage *partial; /* doubles: block sums of |W| */
-    uint64_t version;    /* of the weight's storage; 0: of none, as before the first refresh */
+    uint64_t version;    /* of the weight's storage; 0: of none, as before the first refresh, or one of held codes */
     uint64_t refreshes;
     bool is_held; /* not made again, whatever is written to the weight */
     bn_code_form
