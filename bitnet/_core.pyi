@@ -190,7 +190,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ternary: bool = Fa
 def row_losses(loss: Tensor, /) -> Tensor:
     """The loss of each target, f32 (rows), 0 where it is skipped, of a cross_entropy's result on a tape.
 
-    The op's own memory: a replay writes there again. RuntimeError for any other tensor.
+    The op's own memory: a replay writes there again. RuntimeError for any other tensor, and where the op is in a
+    segment that is closed.
     """
 
 # ---- making tensors ----

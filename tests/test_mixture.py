@@ -291,6 +291,10 @@ def test_losses_of_targets_are_those_of_the_op(packs: dict[str, ShardDataset]) -
     loss.backward()
     with pytest.raises(RuntimeError, match="made by no recorded op, not by a cross_entropy"):
         _core.row_losses(loss)
+    with ops.segment():
+        inner = ops.cross_entropy(x, weight, targets)
+    with pytest.raises(RuntimeError, match="in a segment, which has let go of those of its rows"):
+        _core.row_losses(inner)
 
 
 class Break(Callback):

@@ -181,6 +181,10 @@ bn_status bn_cross_entropy_losses(const bn_tensor *loss, bn_tensor **out) {
         return bn_fail(BN_ERR_STATE, "row_losses: this tensor was made by %s, not by a cross_entropy on a tape",
                        maker == NULL ? "no recorded op" : maker->op->name);
     }
+    if (maker->saved[LOSSES]->storage->is_temporary) {
+        return bn_fail(BN_ERR_STATE,
+                       "row_losses: this loss was made in a segment, which has let go of those of its rows");
+    }
     *out = bn_tensor_retain(maker->saved[LOSSES]);
     return BN_OK;
 }

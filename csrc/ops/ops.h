@@ -61,7 +61,7 @@ BN_CHECKED bn_status bn_cross_entropy(bn_tensor *x, bn_tensor *weight, bn_tensor
                                       bn_tensor **out);
 /* Returns new: f32 (rows), the loss of each target (0 of one that is skipped) in the last forward pass of the
  * cross_entropy that made `loss`. Not an op: the op's own memory, which each replay writes. BN_ERR_STATE if no
- * cross_entropy on a tape made it. */
+ * cross_entropy on a tape made it, or one in a segment that is closed. */
 BN_CHECKED bn_status bn_cross_entropy_losses(const bn_tensor *loss, bn_tensor **out);
 
 #endif
