@@ -1,7 +1,7 @@
 """What each lever of ternary training is worth in loss: the same run with and without it, for several seeds.
 
     bitnet data --recipe stdlib --tokenizer bytes --max-mb 12 --out PACK
-    python benchmarks/ablation.py --data PACK --work RUNS --jobs 2 --seeds 0 1 2
+    python benchmarks/ablation.py --data PACK --work RUNS --jobs 2 --lr 4e-3 --lrs 1e-3 2e-3 8e-3 --seeds 0 1 2
 
 A seed fixes the initial weights and the batches, so a run with a lever is compared with the plain run of its seed: the
 mean of those differences has a smaller error than the difference of the means. The gap is to the full-precision twin
@@ -81,7 +81,7 @@ class Ablation:
         return ["--data", str(args.data), "--preset", args.preset, "--seq-len", str(args.seq_len),
                 "--batch-size", str(args.batch_size), "--steps", str(args.steps), "--lr", str(lr),
                 "--eval-every", str(max(1, args.steps // 4)), "--save-every", str(args.steps), "--sample-tokens", "0",
-                "--plots", "false", "--layer-stats", "0", "--seed", str(seed), "--threads", str(args.threads),
+                "--plots", "false", "--layer-stats", "0", "--seed", str(seed),
                 *(f"--set={text}" for text in args.set), *(QUICK if args.quick else []), *flags]  # fmt: skip
 
     def folder(self, name: str, seed: int) -> Path:
@@ -98,7 +98,7 @@ class Ablation:
         record.write_text(json.dumps(words))
         if _last_step(out) < self.args.steps:
             where = ["--resume", str(out)] if (out / "train.yaml").is_file() else [*words, "--out", str(out)]
-            command = [sys.executable, "-m", "bitnet.train", *where]
+            command = [sys.executable, "-m", "bitnet.train", *where, "--threads", str(self.args.threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{' '.join(command[1:])} ended with status {done.returncode}: {done.stderr}")
