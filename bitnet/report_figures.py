@@ -27,6 +27,7 @@ LOSSES: tuple[Spec, ...] = (
     ("train_loss", "Training loss", "nats per token, smoothed", {}),
 )
 OTHERS: tuple[Spec, ...] = (
+    ("val_loss_ema", "Validation loss of averaged weights", "nats per token", {"label_ends": True}),
     ("lr", "Learning rate", "", {"zero": True}),
     ("grad_norm", "Gradient norm", "before clipping", {"log": True}),
     ("zero_share", "Zeros", "share of all codes", {"form": percent}),
@@ -34,9 +35,10 @@ OTHERS: tuple[Spec, ...] = (
     ("tokens_per_second", "Tokens per second", "of a training step", {"zero": True}),
     ("mfu", "MFU", "share of the machine's measured peak", {"form": percent, "zero": True}),
 )
-SMOOTH = ("val_loss", "lr")  # by themselves; the others are noisy
+HELD_OUT = ("val_loss", "val_loss_ema")
 BY_SOURCE = {"val_loss_by_source.": "Validation loss of", "train_loss_by_source.": "Training loss of"}
-KNOWN = {spec[0] for spec in (*LOSSES, *OTHERS)} | {"step", "tokens", "perplexity", "seconds", "memory"}
+KNOWN = {spec[0] for spec in (*LOSSES, *OTHERS)}
+KNOWN |= {"step", "tokens", "perplexity", "perplexity_ema", "seconds", "memory"}
 AXES = {"step": "steps", "tokens": "tokens"}
 
 
@@ -107,13 +109,13 @@ def _controls(shown: Sequence[Shown]) -> str:
 
 def _curve_figure(shown: Sequence[Shown], spec: Spec) -> str:
     name, title, about, options = spec
-    held_out = name == "val_loss" or name.startswith("val_loss_by_source.")
+    held_out = name in HELD_OUT or name.startswith("val_loss_by_source.")
     charts = []
     for axis, unit in AXES.items():
         drawn = [
             Curve(
                 one.run.curves[axis], one.run.curve(name), one.css, one.run.name,
-                raw=name not in SMOOTH and not held_out, faint=len(shown) <= MOST_FAINT, dots=held_out,
+                raw=name != "lr" and not held_out, faint=len(shown) <= MOST_FAINT, dots=held_out,
             )
             for one in shown
         ]  # fmt: skip

@@ -175,7 +175,7 @@ def _runs(shown: list[Shown]) -> str:
     """The table of runs, and under it what is missing of them."""
     head = (
         "best validation loss", "final", "perplexity", "gap to twin, nats", "training loss", "tokens", "tokens/s",
-        "MFU", "memory", "time", "machine",
+        "MFU", "memory", "time",
     )  # fmt: skip
     losses = [one.run.best()[1] for one in shown]
     lowest = min(filter(math.isfinite, losses), default=math.nan)
@@ -196,7 +196,6 @@ def _runs(shown: list[Shown]) -> str:
             _cell("mfu", mfu, text.share(mfu)),
             _cell("memory", run.last("memory"), text.size(run.last("memory"))),
             _cell("seconds", run.last("seconds"), text.duration(run.last("seconds"))),
-            f'<td data-name="machine">{escape(run.machine or text.UNKNOWN)}</td>',
         ]
         rows.append((one, "".join(cells)))
     about = (
