@@ -80,7 +80,7 @@ class Ablation:
             flags += LEVERS[lever](args.steps, self.folder(TWIN, seed))
         return ["--data", str(args.data), "--preset", args.preset, "--seq-len", str(args.seq_len),
                 "--batch-size", str(args.batch_size), "--steps", str(args.steps), "--lr", str(lr),
-                "--eval-every", str(max(1, args.steps // 4)), "--save-every", str(args.steps), "--sample-tokens", "0",
+                "--eval-every", str(args.steps), "--save-every", str(args.steps), "--sample-tokens", "0",
                 "--plots", "false", "--layer-stats", "0", "--seed", str(seed),
                 *(f"--set={text}" for text in args.set), *(QUICK if args.quick else []), *flags]  # fmt: skip
 
