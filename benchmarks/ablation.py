@@ -92,7 +92,7 @@ class Ablation:
         """The last validation loss of a run, of its averaged weights if it has them: trained now, or gone on with."""
         name, seed = run
         out, words = self.folder(name, seed), self.words(name, seed)
-        record = out.with_suffix(".json")
+        record = self.work / f"{out.name}.json"  # the rate in a name has a dot
         if record.is_file() and json.loads(record.read_text()) != words:
             sys.exit(f"{out} holds a run with other options: choose another --work")
         record.write_text(json.dumps(words))

@@ -404,8 +404,9 @@ def test_the_ablation_runs_once(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
     history_file, work = tmp_path / "history.jsonl", tmp_path / "work"
     words = ["--quick", "--data", str(folder), "--seeds", "0", "--levers", "distill", "wsd", "--own-twins"]
-    words += ["--lrs", "4e-3", "--work", str(work), "--history", str(history_file)]
-    names = ["twin", "plain", "plain lr 0.004", "distill", "wsd", "twin lr 0.004", "twin wsd"]
+    words += ["--lrs", "1e-3", "4e-3", "--work", str(work), "--history", str(history_file)]
+    names = ["twin", "plain", "plain lr 0.001", "plain lr 0.004", "distill", "wsd"]
+    names += ["twin lr 0.001", "twin lr 0.004", "twin wsd"]
     tables = []
     for _ in range(2):
         ablation.main(words)
