@@ -1,7 +1,7 @@
 """What each lever of ternary training is worth in loss: the same run with and without it, for several seeds.
 
     bitnet data --recipe stdlib --tokenizer bytes --max-mb 12 --out PACK
-    python benchmarks/ablation.py --data PACK --work RUNS --jobs 2 --lr 4e-3 --lrs 1e-3 2e-3 8e-3 --seeds 0 1 2
+    python benchmarks/ablation.py --data PACK --work RUNS --jobs 2 --lrs 1e-3 4e-3 8e-3 --seeds 0 1 2
 
 A seed fixes the initial weights and the batches, so a run with a lever is compared with the plain run of its seed: the
 mean of those differences has a smaller error than the difference of the means. The gap is to the full-precision twin
