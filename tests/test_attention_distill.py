@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import numbers, pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, get_threads, ops, set_threads, use_isa
 from bitnet.attention_distill import AttentionDistillation, layer_of_teacher, watched
 from bitnet.callbacks import Callback
-from bitnet.data import pack
 from bitnet.distill import Distillation
 from bitnet.errors import ConfigError
 from bitnet.interrupts import Interrupted
@@ -29,9 +29,7 @@ CONFIG = TrainerConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +41,6 @@ def teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(folder: Path, config: TrainerConfig, shape: BitNetConfig = TERNARY, **options: Any) -> Trainer:
     return Trainer(BitNetForCausalLM(shape, config.seed), folder, config, log=lambda line: None, **options)
-
-
-def numbers(run: Trainer) -> list[Any]:
-    """What a resumed run has to repeat."""
-    arrays = [*run.model.state_dict().values(), *run.optimizer.state_dict().values()]
-    timings = ("seconds", "tokens_per_second", "mfu", "memory")
-    records = [{name: value for name, value in r.items() if name not in timings} for r in run.history]
-    return [b"".join(array.tobytes() for array in arrays), records]
 
 
 def batch(padded: bool = True) -> tuple[np.ndarray, np.ndarray]:

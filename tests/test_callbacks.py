@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, cli
 from bitnet.background import Background
 from bitnet.callbacks import Callback
-from bitnet.data import pack
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.layer_stats import BINS, histogram, layer_record
 from bitnet.metrics import LineFile, read_events, read_lines, read_metrics
@@ -27,9 +27,7 @@ SHAPE = BitNetConfig(257, 32, 48, 1, 2, max_position_embeddings=64)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 def trainer(folder: Path, out: Path | None, callbacks: tuple[Callback, ...] = (), **options: Any) -> Trainer:

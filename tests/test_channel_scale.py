@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import quantize
+from small_runs import pack_numbers
 
 import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM, ShapeError, _core, checkpoint, nn, ops
 from bitnet.config import WRITTEN_WHERE_SET
-from bitnet.data import pack
 from bitnet.decoding import Decoder
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.bitnet_file import BitnetFile, Content, Part, write
@@ -480,9 +480,7 @@ SHORT = TrainerConfig(steps=6, batch_size=2, seq_len=16, lr=5e-3, eval_every=3, 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 def train(text: Path, out: Path, config: TrainerConfig, shape: BitNetConfig = CONFIG) -> dict[str, bytes]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import StopAt, numbers, pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, get_threads, nn, ops, set_threads, use_isa
 from bitnet.callbacks import Callback
-from bitnet.data import pack
 from bitnet.distill import Distillation
 from bitnet.ema import averaged, extract, main
 from bitnet.errors import CheckpointError, ConfigError
@@ -34,33 +34,11 @@ CONFIG = TrainerConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 def trainer(folder: Path, config: TrainerConfig = CONFIG, shape: BitNetConfig = SHAPE, **options: Any) -> Trainer:
     return Trainer(BitNetForCausalLM(shape, config.seed), folder, config, log=lambda line: None, **options)
-
-
-def numbers(run: Trainer) -> list[Any]:
-    """What a resumed run has to repeat: weights, the optimizer's state, records without timings."""
-    arrays = [*run.model.state_dict().values(), *run.optimizer.state_dict().values()]
-    arrays += run.average.model.state_dict().values() if run.average is not None else []
-    timings = ("seconds", "tokens_per_second", "mfu", "memory")
-    records = [{name: value for name, value in r.items() if name not in timings} for r in run.history]
-    return [b"".join(array.tobytes() for array in arrays), records]
-
-
-class StopAt(Callback):
-    """An interrupt when a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if record["step"] == self.step:
-            raise KeyboardInterrupt
 
 
 def resumed(folder: Path, out: Path, config: TrainerConfig, step: int = 5) -> Trainer:

@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from small_runs import pack_numbers
 
 import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM
-from bitnet.data import pack
 from bitnet.machine import FILE, cpu_name, machine_record, one_line
 from bitnet.metrics import read_lines
 from bitnet.report_data import read_run
@@ -21,9 +21,7 @@ from bitnet.trainer_config import TrainerConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(300)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"), 300)
 
 
 def fit(folder: Path, out: Path, steps: int, resume: bool = False) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import StopAt, numbers, pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, ops
 from bitnet.callbacks import Callback
-from bitnet.data import pack
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted
 from bitnet.metrics import read_lines
@@ -28,36 +28,15 @@ CONFIG = TrainerConfig(
     requantize_every=3, layer_stats=2,
 )  # fmt: skip
 ONE = ops.tensor(np.ones(1, np.float32))
-TIMINGS = ("seconds", "tokens_per_second", "mfu", "memory")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 def trainer(folder: Path, config: TrainerConfig = CONFIG, shape: BitNetConfig = SHAPE, **options: Any) -> Trainer:
     return Trainer(BitNetForCausalLM(shape, config.seed), folder, config, log=lambda line: None, **options)
-
-
-def numbers(run: Trainer) -> list[Any]:
-    arrays = [*run.model.state_dict().values(), *run.optimizer.state_dict().values()]
-    arrays += run.average.model.state_dict().values() if run.average is not None else []
-    records = [{name: value for name, value in r.items() if name not in TIMINGS} for r in run.history]
-    return [b"".join(array.tobytes() for array in arrays), records]
-
-
-class StopAt(Callback):
-    """An interrupt when a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if record["step"] == self.step:
-            raise KeyboardInterrupt
 
 
 # ---- one weight -----------------------------------------------------------------------------------------------------

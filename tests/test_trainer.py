@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, ops
 from bitnet.callbacks import Callback
@@ -27,9 +28,7 @@ CONFIG = TrainerConfig(steps=12, batch_size=4, seq_len=16, lr=5e-3, eval_every=5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    (root / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    return pack(root / "text.txt", root / "pack", "bytes", seq_len=16, log=lambda line: None)
+    return pack_numbers(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
