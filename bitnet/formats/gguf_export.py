@@ -42,7 +42,6 @@ from bitnet.formats.weights import (
     floats_of,
     model_weights,
     refuse_adapters,
-    refuse_channel_scales,
     refuse_levers,
 )
 from bitnet.model import BitNetForCausalLM
@@ -123,7 +122,7 @@ def plan_of(
     """How save_gguf() would write a model; ConfigError with the reason if it would not."""
     if flavour not in WEIGHTS:
         raise ConfigError(f"GGUF files have no flavour {flavour!r}; they have {', '.join(WEIGHTS)}")
-    refuse_channel_scales(config, "a ternary matrix of GGUF has one for all")
+    refuse_levers(config, "a ternary matrix of GGUF has one for all")
     is_ternary = config.linear == "bitlinear"
     allowed = WEIGHTS[flavour] if is_ternary else FULL_PRECISION
     weights, embeddings = weights or allowed[0], embeddings or "f16"
@@ -158,7 +157,6 @@ def _arch(config: BitNetConfig, flavour: str) -> str:
 
 def _refuse_shape(config: BitNetConfig, flavour: str) -> None:
     """What no program's graph has, or not that of this flavour."""
-    refuse_levers(config)
     for name, wanted in {"quantize_head": False, "use_rms_norm": False, "input_norms": True}.items():
         if getattr(config, name) != wanted:
             raise ConfigError(

@@ -37,7 +37,6 @@ from bitnet.formats.weights import (
     is_bf16,
     model_weights,
     refuse_adapters,
-    refuse_channel_scales,
     refuse_levers,
 )
 from bitnet.model import BitNetForCausalLM
@@ -85,10 +84,9 @@ def save_hf(
 def _check(model: BitNetForCausalLM, packed: bool, linear_class: str, dtype: str | None) -> None:
     """Refuses what cannot be written, or what transformers could not run."""
     refuse_adapters(model)
-    refuse_levers(model.config)
     c = model.config
-    refuse_channel_scales(c, "a packed layer of transformers has one for all" if packed else
-                          "transformers would quantize the latent weights again, with one for all")  # fmt: skip
+    refuse_levers(c, "a packed layer of transformers has one for all" if packed else
+                  "transformers would quantize the latent weights again, with one for all")  # fmt: skip
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if linear_class not in LINEAR_CLASSES:

@@ -28,7 +28,7 @@ from bitnet.formats.onnx_graph import Weight, require_onnx
 from bitnet.formats.onnx_model import OPSET_INT2, TERNARY, ModelGraph
 from bitnet.formats.protobuf import opening
 from bitnet.formats.source import Progress
-from bitnet.formats.weights import refuse_adapters, refuse_channel_scales, refuse_levers
+from bitnet.formats.weights import refuse_adapters, refuse_levers
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer
 
@@ -65,8 +65,7 @@ def save_onnx(
     full.
     """
     refuse_adapters(model)
-    refuse_levers(model.config)
-    refuse_channel_scales(model.config, "a ternary matrix of the graph that is written has one for all")
+    refuse_levers(model.config, "a ternary matrix of the graph that is written has one for all")
     require_onnx()
     if weights not in TERNARY:
         raise ConfigError(f"weights of an ONNX file are {' or '.join(TERNARY)}, not {weights!r}")

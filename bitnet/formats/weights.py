@@ -27,21 +27,20 @@ def refuse_adapters(model: BitNetForCausalLM) -> None:
         )
 
 
-def refuse_levers(config: BitNetConfig) -> None:
-    """ConfigError for what no other program's graph computes: the transform, and ternary layers that read 4 bits."""
+def refuse_levers(config: BitNetConfig, scales: str) -> None:
+    """ConfigError for what is computed here alone: the transform, 4 bits before ternary layers, scales of channels.
+
+    scales: what the format has in the place of one for each row.
+    """
     if config.hadamard:
         raise ConfigError("hadamard is True, and no other program transforms the inputs of o_proj and down_proj; a "
                           ".bitnet file keeps it")  # fmt: skip
     if config.activation_bits != 8 and config.linear == "bitlinear":
         raise ConfigError(f"activation_bits is {config.activation_bits}, and other programs round the inputs of "
                           "ternary layers to 8 bits; a .bitnet file keeps it")  # fmt: skip
-
-
-def refuse_channel_scales(config: BitNetConfig, why: str) -> None:
-    """ConfigError, with what the format does instead, for ternary matrices with a scale for each row."""
     if config.has_channel_scales:
-        raise ConfigError(f"weight_scales is channel, a scale for each row of a ternary matrix: {why}; a .bitnet file "
-                          "holds them")  # fmt: skip
+        raise ConfigError(f"weight_scales is channel, a scale for each row of a ternary matrix: {scales}; a .bitnet "
+                          "file holds them")  # fmt: skip
 
 
 def model_weights(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.BitLinear | Tensor]]:
