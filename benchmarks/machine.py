@@ -17,12 +17,13 @@ VECTOR_FLAGS = "fma avx2 avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_b
 def fingerprint() -> dict[str, Any]:
     """Everything a reader needs to repeat a measurement or to see why theirs differs."""
     import bitnet
+    from bitnet.machine import cpu_name
 
     cpu = _cpuinfo()
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "family_model": "/".join(cpu.get(key, "?") for key in ("cpu family", "model")),
         "features": [flag for flag in VECTOR_FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

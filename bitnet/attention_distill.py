@@ -27,7 +27,7 @@ import numpy as np
 from bitnet import _core, ops
 from bitnet._core import Tensor
 from bitnet.errors import ConfigError
-from bitnet.model import Attention, BitNetForCausalLM
+from bitnet.model import BitNetForCausalLM, Block
 
 States = tuple[Tensor, Tensor, Tensor]  # q, k, v of one layer, (B, T, heads, D) each
 
@@ -35,8 +35,9 @@ States = tuple[Tensor, Tensor, Tensor]  # q, k, v of one layer, (B, T, heads, D)
 @contextmanager
 def watched(model: BitNetForCausalLM, layer: int) -> Iterator[list[States]]:
     """The list gets q, k, v of a layer, counted from 0, at each forward pass inside."""
-    attention = dict(model.named_modules())[f"model.layers.{layer}.self_attn"]
-    assert isinstance(attention, Attention)
+    block = model.model.layers[layer]
+    assert isinstance(block, Block)
+    attention = block.self_attn
     seen: list[States] = []
     attention.watcher = lambda *states: seen.append(states)
     try:
