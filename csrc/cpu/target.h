@@ -20,6 +20,14 @@
 #endif
 #endif
 
+/* What takes a constant argument, a number of rows or whether something is there, and is compiled once for each; under
+ * sanitizers once for all, for the reason above. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define BN_INLINE static inline
+#else
+#define BN_INLINE static inline __attribute__((always_inline))
+#endif
+
 /* The same for extensions of ARMv8.2, which clang lists as "a,b" and gcc as "+a+b". */
 #if defined(__clang__)
 #define BN_TARGET_BEGIN_ARM(list, sum) BN_TARGET_BEGIN(list)

@@ -50,7 +50,7 @@ static inline void v_store_i8(int8_t *p, vf v) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8((__m512i)v_to_int(v)));
 }
 /* Pairs of rows, then pairs of pairs: four 4-word columns in each register; then 128-bit quarters, twice. */
-static inline __attribute__((always_inline)) void v_transpose(vf r[16]) {
+BN_INLINE void v_transpose(vf r[16]) {
     vf pair[16], quad[16];
     BN_UNROLL
     for (int i = 0; i < 16; i += 2) {
