@@ -1,8 +1,8 @@
 """Line coverage of the quantization, straight-through and forward code: prints every file, fails below the floor.
 
-usage: line_coverage.py TREE PYTHON_JSON
+usage: line_coverage.py PYTHON_JSON TREE...
 
-TREE is a source tree whose extension and C programs were built with --coverage and have run: every .gcda below its
+A TREE is a source tree whose extension or C programs were built with --coverage and have run: every .gcda below its
 build folder is read through gcov. A template of csrc/cpu is compiled once per instruction set; a line of it counts as
 run when any of them ran it, because tests hold the sets equal bit for bit. PYTHON_JSON is what `coverage json` wrote.
 """
@@ -41,10 +41,10 @@ GROUPS = {
 }
 
 
-def c_lines(tree: Path) -> dict[str, dict[int, bool]]:
-    """Of every C file below `tree`: its lines with code, and whether each ran."""
+def c_lines(trees: list[Path]) -> dict[str, dict[int, bool]]:
+    """Of every C file: its lines with code, and whether each ran in any of the trees."""
     ran: dict[str, dict[int, bool]] = defaultdict(dict)
-    for counts in sorted(tree.glob("build/**/*.gcda")):
+    for tree, counts in [(tree, counts) for tree in trees for counts in sorted(tree.glob("build/**/*.gcda"))]:
         report = subprocess.run(
             ["gcov", "--json-format", "--stdout", str(counts)], cwd=tree, check=True, capture_output=True
         )
@@ -81,8 +81,8 @@ def spans(numbers: list[int]) -> str:
 
 
 def main() -> int:
-    tree, report = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
-    ran = c_lines(tree) | python_lines(report)
+    report, trees = Path(sys.argv[1]), [Path(tree).resolve() for tree in sys.argv[2:]]
+    ran = c_lines(trees) | python_lines(report)
     status = 0
     for group, patterns in GROUPS.items():
         names: list[str] = []
