@@ -24,6 +24,17 @@ static int add_exceptions(PyObject *module, bn_module_state *state) {
     return state->shape_error == NULL ? -1 : PyModule_AddObjectRef(module, "ShapeError", state->shape_error);
 }
 
+static int add_methods(PyObject *module) {
+    PyMethodDef *const files[] = {bn_op_methods, bn_core_methods, bn_ternary_methods, bn_format_methods,
+                                  bn_machine_methods};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        if (PyModule_AddFunctions(module, files[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* Asked before every kernel launch: looks for a pending signal at most every 50 ms. */
 static bn_status check_signals(void) {
     static _Thread_local struct timespec last;
@@ -45,8 +56,7 @@ static bn_status check_signals(void) {
 static int exec(PyObject *module) {
     bn_module_state *state = bn_state(module);
     if (!bn_numpy_init() || add_exceptions(module, state) < 0 || add_types(module, state) < 0 ||
-        PyModule_AddFunctions(module, bn_op_methods) < 0 || PyModule_AddFunctions(module, bn_core_methods) < 0 ||
-        PyModule_AddFunctions(module, bn_format_methods) < 0) {
+        add_methods(module) < 0) {
         return -1;
     }
     bn_set_interrupt_check(check_signals);
@@ -126,6 +136,10 @@ PyObject *bn_raise(const bn_module_state *state, bn_status status) {
     }
     PyErr_SetString(type, bn_error_message());
     return NULL;
+}
+
+PyObject *bn_none_or_raise(PyObject *module, bn_status status) {
+    return status == BN_OK ? Py_NewRef(Py_None) : bn_raise(bn_state(module), status);
 }
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&bn_module_def); }

@@ -24,6 +24,8 @@ bn_module_state *bn_state_of(PyTypeObject *type);
 
 /* Sets the exception that a failed status stands for; returns NULL. */
 PyObject *bn_raise(const bn_module_state *state, bn_status status);
+/* The same for a failure, a new None for BN_OK. */
+PyObject *bn_none_or_raise(PyObject *module, bn_status status);
 
 /* Runs `expr` (a bn_status) without the GIL, the thread's tape pinned; `then` may run after it with the GIL held,
  * before the tape may be cleared. */
@@ -55,7 +57,13 @@ int bn_parse_dtype(PyObject *name);
 const bn_backend *bn_parse_device(const char *name);
 
 /* Methods of the module, by file. */
-extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_format_methods[];
+extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_ternary_methods[], bn_format_methods[], bn_machine_methods[];
+
+/* sequence.c */
+/* Core tensors of a sequence, to be freed, borrowed from *items, to be released; NULL with an exception set. */
+bn_tensor **bn_tensor_list(PyObject *module, PyObject *sequence, PyObject **items);
+/* Applies fn to each tensor of a sequence, to the first failure. Returns a new None. */
+PyObject *bn_for_each_tensor(PyObject *module, PyObject *sequence, bn_status (*fn)(bn_tensor *));
 
 /* numpy_bridge.c. dtype -1: f32 for floats, i32 for integers. Returns new. */
 bool bn_numpy_init(void);
