@@ -44,7 +44,8 @@ GROUPS = {
 def c_lines(trees: list[Path]) -> dict[str, dict[int, bool]]:
     """Of every C file: its lines with code, and whether each ran in any of the trees."""
     ran: dict[str, dict[int, bool]] = defaultdict(dict)
-    for tree, counts in [(tree, counts) for tree in trees for counts in sorted(tree.glob("build/**/*.gcda"))]:
+    pairs = [(tree, counts) for tree in trees for counts in sorted(tree.glob("build/**/*.gcda"))]
+    for tree, counts in pairs:
         report = subprocess.run(
             ["gcov", "--json-format", "--stdout", str(counts)], cwd=tree, check=True, capture_output=True
         )

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import Tensor
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM, Block
+from bitnet.target_mask import TargetMask
 
 States = tuple[Tensor, Tensor, Tensor]  # q, k, v of one layer, (B, T, heads, D) each
 
@@ -52,7 +50,7 @@ def layer_of_teacher(layer: int, layers: int, teacher_layers: int) -> int:
 
 
 class AttentionDistillation:
-    """The term of the file's head for one shape of batch, made of ops that a tape can replay.
+    """The term of the file's head, made of ops that a tape can replay.
 
     layer: the student's, counted from 0; None: its last. ConfigError for a layer that there is not, and for states of
     which the width is no multiple of the student's query heads.
@@ -62,8 +60,6 @@ class AttentionDistillation:
         self,
         student: BitNetForCausalLM,
         teacher: BitNetForCausalLM,
-        batch_size: int,
-        seq_len: int,
         layer: int | None = None,
     ) -> None:
         layers, self.heads = student.config.num_hidden_layers, student.config.num_attention_heads
@@ -79,19 +75,7 @@ class AttentionDistillation:
                     )
         self.student, self.teacher, self.layer = student, teacher, layer
         self.teacher_layer = layer_of_teacher(layer, layers, teacher.config.num_hidden_layers)
-        self._counts = ops.zeros((batch_size, seq_len), "i32")  # 1 where a position has a row
-        own = student.config
-        self._rows = {
-            width: ops.tensor(np.repeat([[0.0], [1.0]], width, axis=1))
-            for width in (own.hidden_size, own.kv_heads * own.head_dim)
-        }
-        self._each = ops.zeros(())  # 1 / (3 * H * number of rows)
         self._seen: tuple[list[States], list[States]] | None = None
-
-    def prepare(self, counts: np.ndarray[Any, Any]) -> None:
-        """To be called before each pass or replay: which positions (B, T) have a row."""
-        self._counts.copy_(counts.astype(np.int32))
-        self._each.copy_(np.float32(1.0 / (3 * self.heads * max(1, int(counts.sum())))))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,28 +87,32 @@ class AttentionDistillation:
             finally:
                 self._seen = None
 
-    def term(self) -> Tensor:
-        """What to differentiate, a scalar, of the last forward pass of each model inside watching()."""
-        assert self._seen is not None
-        pulls = [self._pull(*pair) for pair in zip(self._seen[0][-1], self._seen[1][-1], strict=True)]
-        return ops.mul(ops.add(ops.add(pulls[0], pulls[1]), pulls[2]), self._each)
+    def term(self, mask: TargetMask) -> Tensor:
+        """What to differentiate, a scalar, of the last forward pass of each model inside watching().
 
-    def _pull(self, own: Tensor, other: Tensor) -> Tensor:
+        mask: the positions that have a row.
+        """
+        assert self._seen is not None
+        pulls = [self._pull(*pair, mask) for pair in zip(self._seen[0][-1], self._seen[1][-1], strict=True)]
+        of_all = ops.mul(ops.add(ops.add(pulls[0], pulls[1]), pulls[2]), mask.each)
+        return _core.scale(of_all, 1.0 / (3 * self.heads))
+
+    def _pull(self, own: Tensor, other: Tensor, mask: TargetMask) -> Tensor:
         """Sum of the student's states times the gradient that they want; states (B, T, heads, D)."""
         batch, time = own.shape[:2]
         own = own.reshape(batch, time, -1)
         with ops.no_grad(), ops.segment():
-            wanted = self._wanted(own, other.reshape(batch, time, -1))
+            wanted = self._wanted(own, other.reshape(batch, time, -1), mask)
         return ops.sum(ops.mul(own, wanted))
 
-    def _wanted(self, own: Tensor, other: Tensor) -> Tensor:
+    def _wanted(self, own: Tensor, other: Tensor, mask: TargetMask) -> Tensor:
         """(E + E^T) A / sqrt(d), without the rows of E that do not count, in the student's layout: (B, T, C)."""
         batch, time, width = own.shape
         turned = self._turned(own)
         excess = _core.add(self._relation(turned), self._relation(self._turned(other)), 1.0, -1.0)
-        mask = self._turned(ops.embedding(self._counts, self._rows[width]))
-        of_rows = ops.mul(ops.matmul(excess, turned.transpose()).transpose(), mask)  # (E A)^T, (B * H, d, T)
-        of_columns = ops.matmul(ops.mul(turned, mask), excess)  # (E^T A)^T
+        rows = self._turned(mask.wide(width))
+        of_rows = ops.mul(ops.matmul(excess, turned.transpose()).transpose(), rows)  # (E A)^T, (B * H, d, T)
+        of_columns = ops.matmul(ops.mul(turned, rows), excess)  # (E^T A)^T
         pulls = _core.scale(ops.add(of_rows, of_columns), turned.shape[1] ** -0.5)
         return pulls.reshape(batch, width, time).transpose()
 

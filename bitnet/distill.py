@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from bitnet.config import BitNetConfig
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained
-from bitnet.rows import IGNORE
+from bitnet.target_mask import TargetMask
 from bitnet.tokenizer import Tokenizer
 
 SAME_TEXT = "The 2nd state: x = {'a': 1.5}\n\tgrößer"  # what two tokenizers have to cut alike
@@ -79,25 +78,14 @@ class Distillation:
     ) -> None:
         self.attention, self.attention_weight = attention, attention_weight
         self.student, self.teacher, self.share, self.temperature = student, teacher, share, temperature
-        width = student.config.hidden_size
-        self._counts = ops.zeros((batch_size, seq_len), "i32")  # 1 where a target takes part
-        self._each = ops.zeros(())  # 1 / number of those
-        self._rows = ops.tensor(np.repeat([[0.0], [1.0]], width, axis=1))
-
-    def prepare(self, targets: np.ndarray[Any, Any]) -> None:
-        """To be called before each pass or replay, with the targets (B, T)."""
-        counts = targets != IGNORE
-        self._counts.copy_(counts.astype(np.int32))
-        self._each.copy_(np.float32(1.0 / max(1, int(counts.sum()))))
-        if self.attention is not None:
-            self.attention.prepare(counts)
+        self.mask = TargetMask(batch_size, seq_len)  # to be set before each pass or replay
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(what to differentiate, cross entropy), scalars, for tokens and targets (B, T)."""
         with nullcontext() if self.attention is None else self.attention.watching():
             objective, loss = self._probabilities(tokens, targets)
             if self.attention is not None:
-                objective = _core.add(objective, self.attention.term(), 1.0, self.attention_weight)
+                objective = _core.add(objective, self.attention.term(self.mask), 1.0, self.attention_weight)
         return objective, loss
 
     def _probabilities(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,12 +93,11 @@ class Distillation:
         student, cool = self.student, 1.0 / self.temperature
         with ops.no_grad():
             wanted = ops.softmax(_core.scale(self.teacher(tokens), cool))
-            mask = ops.embedding(self._counts, self._rows)
         hidden = student.head_input(tokens)
         loss = ops.cross_entropy(hidden, student.head_weight, targets, student.config.quantize_head)
         # A row of zeros before the head: no gradient reaches the head's weight from it, nor what made it.
-        logits = student.logits(ops.mul(hidden, mask))
+        logits = student.logits(ops.mul(hidden, self.mask.wide(hidden.shape[-1])))
         with ops.no_grad():
             excess = _core.add(ops.softmax(_core.scale(logits.detach(), cool)), wanted, 1.0, -1.0)
-        pull = ops.mul(ops.sum(ops.mul(logits, excess)), self._each)
+        pull = ops.mul(ops.sum(ops.mul(logits, excess)), self.mask.each)
         return _core.add(loss, pull, 1.0 - self.share, self.share * self.temperature), loss

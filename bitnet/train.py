@@ -36,7 +36,7 @@ from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, re
 from bitnet.shard import MANIFEST
 from bitnet.shipped import shipped, shipped_names
 from bitnet.tokenizer import Tokenizer
-from bitnet.trainer import Trainer
+from bitnet.trainer import Trainer, check_readable
 from bitnet.trainer_config import TrainerConfig
 
 T = TypeVar("T")
@@ -341,10 +341,7 @@ def _converted(model: BitNetForCausalLM, data: ShardDataset | Mixture, trainer: 
     Raises ConfigError for a batch that the model cannot read.
     """
     c, t = model.config, trainer
-    if t.seq_len > c.max_position_embeddings:
-        raise ConfigError(f"seq_len {t.seq_len} is more than the model's positions, {c.max_position_embeddings}")
-    if data.vocab_size > c.vocab_size:
-        raise ConfigError(f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {c.vocab_size}")
+    check_readable(c, t.seq_len, data)
     loader = DataLoader(data, t.batch_size, t.seq_len, t.seed, t.order, documents=t.documents)
     made = to_ternary(model, *loader.batch(0))
     norms = "with the sub-norms that it had"

@@ -22,6 +22,7 @@ import numpy as np
 from bitnet import _core, checkpoint, mfu, recovery, stability
 from bitnet._core import Tensor
 from bitnet.attention_distill import AttentionDistillation
+from bitnet.config import BitNetConfig
 from bitnet.data import DataLoader, ShardDataset, eval_blocks, eval_rows
 from bitnet.distill import Distillation, Teacher
 from bitnet.ema import WeightAverage
@@ -44,6 +45,18 @@ from bitnet.trainer_config import DEFAULT_STEPS, OPTIMIZERS, TrainerConfig
 
 if TYPE_CHECKING:
     from bitnet.callbacks import Callback
+
+
+def check_readable(model: BitNetConfig, seq_len: int, *texts: ShardDataset | Mixture) -> None:
+    """Raises ConfigError if a model cannot read texts in sequences of so many tokens."""
+    for data in texts:
+        if data.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {model.vocab_size}"
+            )
+    limit = model.max_position_embeddings
+    if seq_len > limit:
+        raise ConfigError(f"seq_len {seq_len} is more than the model's max_position_embeddings {limit}")
 
 
 class Trainer:
@@ -122,12 +135,7 @@ class Trainer:
         return next(iter(self.held_out.values()), None)
 
     def _check_fit(self) -> None:
-        shape = self.model.config
-        for data in (self.dataset, *self.held_out.values()):
-            if data.vocab_size > shape.vocab_size:
-                raise ConfigError(
-                    f"{data.folder} has a vocabulary of {data.vocab_size} ids, the model only {shape.vocab_size}"
-                )
+        check_readable(self.model.config, self.config.seq_len, self.dataset, *self.held_out.values())
         if (self.config.ternary_from or self.config.ternary_ramp) and not self.model.num_ternary():
             raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
         if self.config.requantize_every > 1 and not self.model.num_ternary():
@@ -140,9 +148,6 @@ class Trainer:
                     raise ConfigError(f"{name} {value} is for training all weights: these are frozen beside adapters")
         if self.config.patience and self.validation is None:
             raise ConfigError(f"patience {self.config.patience} counts evaluations, but there is no held-out text")
-        limit, seq_len = shape.max_position_embeddings, self.config.seq_len
-        if seq_len > limit:
-            raise ConfigError(f"seq_len {seq_len} is more than the model's max_position_embeddings {limit}")
 
     def forget_tapes(self) -> None:
         c = self.config
@@ -161,7 +166,7 @@ class Trainer:
         shape = c.batch_size, c.seq_len
         if self.teacher is not None:
             models = self.model, self.teacher.model
-            attention = AttentionDistillation(*models, *shape, c.distill_layer) if c.distill_attention else None
+            attention = AttentionDistillation(*models, c.distill_layer) if c.distill_attention else None
             taught = Distillation(*models, *shape, c.distill, c.temperature, attention, c.distill_attention)
 
         def objective(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +176,7 @@ class Trainer:
                 loss = self.model(tokens, targets)
                 return loss, loss
 
-        prepare = None if taught is None else taught.prepare
+        prepare = None if taught is None else taught.mask.set
         return RecordedLoss(self.model, *shape, True, c.precision, objective, prepare)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from bitnet.callbacks import Callback
 from bitnet.distill import Distillation
 from bitnet.errors import ConfigError
 from bitnet.interrupts import Interrupted
+from bitnet.target_mask import TargetMask
 from bitnet.trainer import Trainer
 from bitnet.trainer_config import TrainerConfig
 
@@ -92,12 +93,12 @@ def test_the_gradients_are_those_of_the_formula(layer: int | None, padded: bool)
         BitNetForCausalLM(shape.replace(initializer_range=0.3), seed) for seed, shape in enumerate((STUDENT, TEACHER))
     )
     tokens, targets = batch(padded)
-    attention = AttentionDistillation(student, teacher, 2, 16, layer)
+    attention = AttentionDistillation(student, teacher, layer)
     distilled = Distillation(student, teacher, 2, 16, 0.5, 1.0, attention, 1.7)
     plain = Distillation(student, teacher, 2, 16, 0.5, 1.0)
     found = []
     for one in (distilled, plain):
-        one.prepare(targets)
+        one.mask.set(targets)
         objective, loss = one(ops.tensor(tokens), ops.tensor(targets))
         assert loss.item() == student(tokens, targets).item()
         student.zero_grad()
@@ -129,13 +130,14 @@ def test_the_gradients_are_those_of_the_formula(layer: int | None, padded: bool)
 
 def test_a_teacher_like_the_student_pulls_at_nothing() -> None:
     student, teacher = BitNetForCausalLM(STUDENT, 1), BitNetForCausalLM(STUDENT, 1)
-    attention = AttentionDistillation(student, teacher, 2, 16)
+    attention = AttentionDistillation(student, teacher)
     tokens, targets = batch()
-    attention.prepare(targets != -100)
+    mask = TargetMask(2, 16)
+    mask.set(targets)
     with attention.watching():
         for model in (student, teacher):
             model.head_input(tokens)
-        term = attention.term()
+        term = attention.term(mask)
     student.zero_grad()
     term.backward()
     weight = student.model.layers[1].self_attn.q_proj.weight
@@ -164,8 +166,8 @@ def test_the_pull_is_the_same_bits_everywhere(isa: str) -> None:
     tokens, targets = batch()
 
     def gradients() -> bytes:
-        distilled = Distillation(student, teacher, 2, 16, 0.5, 1.0, AttentionDistillation(student, teacher, 2, 16))
-        distilled.prepare(targets)
+        distilled = Distillation(student, teacher, 2, 16, 0.5, 1.0, AttentionDistillation(student, teacher))
+        distilled.mask.set(targets)
         student.zero_grad()
         distilled(ops.tensor(tokens), ops.tensor(targets))[0].backward()
         return b"".join(p.grad.numpy().tobytes() for p in student.parameters() if p.grad is not None)

@@ -184,7 +184,9 @@ def test_what_convert_cannot_do_is_said(
     for source in ("ternary", "packed.bitnet"):
         assert f"{source} is ternary already: convert is for" in refused(capsys, "--init", source, *flags)
     long = [*flags[:3], *SHORT[4:], "--batch-size", "2", "--seq-len", "2100"]
-    assert "seq_len 2100 is more than the model's positions" in refused(capsys, "--init", twin, *long)
+    assert "seq_len 2100 is more than the model's max_position_embeddings 2048" in refused(
+        capsys, "--init", twin, *long
+    )
     assert "convert is True in" in refused(capsys, "--resume", "ternary", "--convert", "false")
 
 

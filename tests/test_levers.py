@@ -225,7 +225,7 @@ def test_distillation_has_the_gradients_of_pytorch(share: float, temperature: fl
     tokens, targets = np.random.default_rng(3).integers(0, 257, (2, 2, 16)).astype(np.int32)
     targets[0, 3:9] = targets[1, 12:] = -100  # padding
     distilled = Distillation(student, teacher, 2, 16, share, temperature)
-    distilled.prepare(targets)
+    distilled.mask.set(targets)
     objective, loss = distilled(ops.tensor(tokens), ops.tensor(targets))
     assert loss.item() == student(tokens, targets).item()
     student.zero_grad()
