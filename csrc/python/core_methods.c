@@ -1,5 +1,5 @@
-/* core_methods.c: what the module offers to make, train and record tensors with, beside ops: random numbers, the
- * optimizer's kernels, tapes. */
+/* core_methods.c: what the module offers to make, train and record tensors with, beside ops: random numbers, rotary
+ * tables, the optimizer's kernels, precision, tapes, caches. */
 #include "python/module.h"
 
 #include "base/math64.h"
@@ -104,7 +104,7 @@ static PyObject *rope_tables(PyObject *module, PyObject *args, PyObject *kwargs)
     return Py_BuildValue("(NN)", bn_wrap(bn_state(module), cos_table), bn_wrap(bn_state(module), sin_table));
 }
 
-/* ---- optimizer ---------------------------------------------------------------------------------------------- */
+/* ---- parameters and gradients ------------------------------------------------------------------------------- */
 
 static PyObject *flatten(PyObject *module, PyObject *sequence) {
     PyObject *items;
@@ -120,16 +120,6 @@ static PyObject *flatten(PyObject *module, PyObject *sequence) {
         return bn_raise(bn_state(module), status);
     }
     return Py_BuildValue("(NN)", bn_wrap(bn_state(module), flat), bn_wrap(bn_state(module), flat_grad));
-}
-
-static PyObject *row_losses(PyObject *module, PyObject *object) {
-    const bn_tensor *loss = bn_unwrap(bn_state(module), object, "loss");
-    if (loss == NULL) {
-        return NULL;
-    }
-    bn_tensor *out;
-    const bn_status status = bn_cross_entropy_losses(loss, &out);
-    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
 }
 
 static bn_status mark_zero(bn_tensor *t) {
@@ -241,6 +231,18 @@ static PyObject *close_segment(PyObject *module, PyObject *unused) {
     return bn_none_or_raise(module, bn_tape_close_segment());
 }
 
+/* ---- results and caches -------------------------------------------------------------------------------------- */
+
+static PyObject *row_losses(PyObject *module, PyObject *object) {
+    const bn_tensor *loss = bn_unwrap(bn_state(module), object, "loss");
+    if (loss == NULL) {
+        return NULL;
+    }
+    bn_tensor *out;
+    const bn_status status = bn_cross_entropy_losses(loss, &out);
+    return status == BN_OK ? bn_wrap(bn_state(module), out) : bn_raise(bn_state(module), status);
+}
+
 static PyObject *cache_copy(PyObject *module, PyObject *args) {
     PyObject *object;
     long long source, destination, length;
@@ -272,7 +274,7 @@ PyMethodDef bn_core_methods[] = {
     {"clip_grad_norm", clip_grad_norm, METH_VARARGS, "(grad, max_norm, norm out, factor out)."},
     {"adamw", WITH_KEYWORDS(adamw), "One AdamW step over flat tensors."},
     {"disable_grad", disable_grad, METH_NOARGS, "Enters no_grad on this thread."},
-    {"get_precision", get_precision, METH_NOARGS, "This thread's precision: 'fast' or 'fp32'."},
+    {"get_precision", get_precision, METH_NOARGS, "This thread's precision: 'fast', 'int8' or 'fp32'."},
     {"set_precision", set_precision, METH_O, "Sets the precision of what this thread records from now on."},
     {"enable_grad", enable_grad, METH_NOARGS, "Leaves no_grad on this thread."},
     {"is_grad_enabled", is_grad_enabled, METH_NOARGS, "False inside no_grad."},

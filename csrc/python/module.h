@@ -27,8 +27,7 @@ PyObject *bn_raise(const bn_module_state *state, bn_status status);
 /* The same for a failure, a new None for BN_OK. */
 PyObject *bn_none_or_raise(PyObject *module, bn_status status);
 
-/* Runs `expr` (a bn_status) without the GIL, the thread's tape pinned; `then` may run after it with the GIL held,
- * before the tape may be cleared. */
+/* Runs `expr`, a bn_status, without the GIL. */
 #define BN_WITHOUT_GIL(status, expr)                                                                                   \
     do {                                                                                                               \
         PyThreadState *bn_saved_thread = PyEval_SaveThread();                                                          \

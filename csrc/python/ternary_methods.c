@@ -1,7 +1,8 @@
-/* ternary_methods.c: ternary weights: their codes and scales, prepared for products alone, and held for a while. */
+/* ternary_methods.c: weights in few bits: ternary codes and scales, prepared for products alone or held for a while,
+ * and output matrices in 8 or 6 bits. */
 #include "python/module.h"
 
-#include "cpu/cpu.h"
+#include "kernels/backend.h"
 #include "quant/fifths.h"
 #include "quant/ternary.h"
 #include "tensor/compact.h"
