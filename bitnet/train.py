@@ -23,6 +23,7 @@ from bitnet import checkpoint, mfu, nn
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
 from bitnet.config import BitNetConfig
 from bitnet.convert import refuse_ternary, to_ternary
+from bitnet.corpus import RECIPES
 from bitnet.corpus.hub import PREFIX
 from bitnet.data import DataLoader, ShardDataset
 from bitnet.data_cli import pack
@@ -158,7 +159,7 @@ def train(args: argparse.Namespace) -> Trainer:
             raise CheckpointError(f"{out} is no run to resume: it has no {OPTIONS_FILE}")
         settings = Settings.of(resumed(read_yaml(out / OPTIONS_FILE), given, out))
     else:
-        settings = Settings.of({**_configured(args.config, given), **given})
+        settings = Settings.of(_chosen(args.config, given))
         out = _make_folder(settings, args.out)
         write_yaml(out / OPTIONS_FILE, settings)
     try:
@@ -189,16 +190,27 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     return trainer
 
 
-def _configured(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of --config: a file, or the name of a recipe; without its text where flags name another."""
+def _chosen(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a new run: those of --config (a file, or the name of a recipe), and flags over them.
+
+    Flags that name a text take the place of the file's. ConfigError where neither names one: only a command without
+    --config takes the standard library.
+    """
     if config is None:
-        return {}
-    path = Path(config) if Path(config).is_file() else shipped("recipes", config)
-    if path is None:
-        raise ConfigError(f"there is no file and no recipe {config!r}; recipes: {', '.join(shipped_names('recipes'))}")
-    options = read_yaml(path)
-    if given.keys() & {"data", "recipe"}:
-        options = {name: value for name, value in options.items() if name not in ("data", "recipe")}
+        options, path = dict(given), None
+    else:
+        path = Path(config) if Path(config).is_file() else shipped("recipes", config)
+        if path is None:
+            known = ", ".join(shipped_names("recipes"))
+            raise ConfigError(f"there is no file and no recipe {config!r}; recipes: {known}")
+        options = read_yaml(path)
+        if given.keys() & {"data", "recipe"}:
+            options = {name: value for name, value in options.items() if name not in ("data", "recipe")}
+        options |= given
+    if not options.get("data") and options.get("recipe") is None:
+        if path is not None:
+            raise ConfigError(f"{path} names no text to train on: add --data FILE or --recipe {RECIPES[0]}")
+        options["recipe"] = RECIPES[0]
     return options
 
 
@@ -294,7 +306,7 @@ def prepare(settings: Settings, out: Path, model: BitNetForCausalLM | None = Non
     if tokenizer is None:
         raise ConfigError(f"{run.init} has no tokenizer: pack the text with `bitnet data`, and give the pack as data")
     folder = pack(
-        list(run.data) or run.recipe or "stdlib",
+        list(run.data) or run.recipe or RECIPES[0],
         out / "data",
         tokenizer,
         run.vocab_size or DEFAULT_VOCAB,

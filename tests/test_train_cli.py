@@ -142,6 +142,25 @@ def test_requests_that_cannot_be_met(text: Path, capsys: pytest.CaptureFixture[s
     assert Path("taken/notes.txt").read_text() == "mine"
 
 
+def test_a_configuration_without_a_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused, with its name; a command without one trains on the standard library, and writes that down."""
+    Path("shape.yaml").write_text("hidden_size: 32\n")
+    Path("null.yaml").write_text("data: []\nrecipe: null\n")
+    recipe = Path(__file__).parents[1] / "recipes" / "tinyshakespeare.yaml"
+    for config, path in {"tinyshakespeare": recipe, "shape.yaml": "shape.yaml", "null.yaml": "null.yaml"}.items():
+        said = refused(capsys, "--config", config, "--out", "x")
+        assert said == f"error: {path} names no text to train on: add --data FILE or --recipe stdlib\n"
+        assert not Path("x").exists()
+    few = "--max-mb 0.05 --plots false --eval-every 6 --sample-tokens 0".split()
+    assert run(*SMALL, *few, "--out", "bare") == 0
+    assert read_yaml("bare/train.yaml")["recipe"] == "stdlib"
+    assert run("--config", "bare/train.yaml", "--out", "again") == 0
+    assert run("--config", "shape.yaml", *SMALL, "--recipe", "stdlib", *few, "--out", "flag") == 0
+    assert read_metrics("flag/metrics.jsonl")[-1]["val_loss"] == read_metrics("bare/metrics.jsonl")[-1]["val_loss"]
+    assert run("--config", "bare/train.yaml", "--data", text, "--out", "other") == 0
+    assert read_yaml("other/train.yaml")["recipe"] is None
+
+
 def test_options_have_one_meaning_in_flags_and_yaml(tmp_path: Path) -> None:
     assert parse("lr", "1e-3") == parse("lr", 0.001) == 0.001
     assert parse("sub-norms", "false") is False
