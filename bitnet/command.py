@@ -50,13 +50,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def exit_status(work: Callable[[], int]) -> int:
-    """work()'s own status; 2, with the error in one line, for a request that cannot be met; 130 after Ctrl-C."""
+def exit_status(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """work()'s own status; 2, with the error in one line, for a request that cannot be met; 130 after Ctrl-C.
+
+    interrupted: what is said then.
+    """
     try:
         return work()
     except (BitnetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bitnet import recipes
 from bitnet.chat_template import NAMES
+from bitnet.command import exit_status
 from bitnet.data import ShardDataset
-from bitnet.errors import BitnetError, ConfigError
+from bitnet.errors import ConfigError
 from bitnet.prepare import DEDUP, SHARD_TOKENS, pack, pack_chat
 from bitnet.shard import MANIFEST, read_manifest
 from bitnet.tokenizer import SPECS, Tokenizer, build_tokenizer
@@ -76,21 +76,19 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for a request that cannot be met, 130 after Ctrl-C."""
+    """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C."""
     args = arguments().parse_args(argv)
-    try:
-        out = _run(args)
-        if args.verify:
-            for folder in [out] if out.is_dir() else [path.parent for path in out.parent.glob(f"*/{MANIFEST}")]:
-                for part in read_manifest(folder)["splits"]:
-                    ShardDataset(folder, part).verify()
-            print("verified: every checksum and every id")
-    except BitnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is finished", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _make(args), "\ninterrupted; the same command goes on with what is finished")
+
+
+def _make(args: argparse.Namespace) -> int:
+    """Packs, verifies where that is asked, and says what is next."""
+    out = _run(args)
+    if args.verify:
+        for folder in [out] if out.is_dir() else [path.parent for path in out.parent.glob(f"*/{MANIFEST}")]:
+            for part in read_manifest(folder)["splits"]:
+                ShardDataset(folder, part).verify()
+        print("verified: every checksum and every id")
     init = "" if args.tokenizer_of is None else f" --init {args.tokenizer_of}"
     print(f"next: bitnet train{init} --data {out}")
     return 0

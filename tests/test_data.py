@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -355,10 +356,36 @@ def test_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert text.endswith(f"next: bitnet train --data {out}\n")
     tokens, targets = DataLoader(ShardDataset(out), 2, 16).batch(0)
     assert np.array_equal(tokens[:, 1:], targets[:, :-1])
-    assert main(["--data", str(tmp_path / "absent"), *options]) == 1
+    assert main(["--data", str(tmp_path / "absent"), *options]) == 2
     assert capsys.readouterr().err.startswith("error: there is no file or folder")
     assert main(["--recipe", "stdlib", "--max-mb", "0.2", "--tokenizer", "bytes", "--out", str(tmp_path / "std")]) == 0
     assert "standard library of" in capsys.readouterr().out
+
+
+def test_a_disk_that_refuses_is_one_sentence(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(corpus / "a.txt"), "--tokenizer", "bytes", "--seq", "16", "--out"]
+    (tmp_path / "file").touch()
+    assert main([*command, str(tmp_path / "file" / "pack")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert str(tmp_path / "file") in said
+    assert said.count("\n") == 1
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "pack/train-00000.bin")
+
+    monkeypatch.setattr("bitnet.data_cli.pack", full)
+    assert main([*command, str(tmp_path / "pack")]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'pack/train-00000.bin'\n"
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitnet.data_cli.pack", stopped)
+    assert main([*command, str(tmp_path / "pack")]) == 130
+    assert "interrupted; the same command goes on with what is finished" in capsys.readouterr().err
 
 
 def test_module_runs_as_a_program() -> None:

@@ -336,9 +336,9 @@ def test_instructions_from_the_command_line(base: Path, talks: Path, capsys: pyt
         f"train-00000{name}" for name in (".answers.bin", ".answers.idx", ".bin", ".idx")
     ]
     assert "was trained on other data" in refused(capsys, "--resume", "tuned", "--steps", "8")
-    assert cli.main(["data", "--chat", str(talks), "--out", "x"]) == 1
+    assert cli.main(["data", "--chat", str(talks), "--out", "x"]) == 2
     assert "--chat needs the tokenizer of a model" in capsys.readouterr().err
-    assert cli.main([*command, "--dedup", "near"]) == 1
+    assert cli.main([*command, "--dedup", "near"]) == 2
     assert "--dedup is for text, not for the conversations" in capsys.readouterr().err
 
 
