@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bitnet.errors import ConfigError
+from bitnet.option import option
 
 SCALES = ("tensor", "channel")
 # Fields that are written only where they are not at their default: files of models without them stay as they are.
@@ -17,26 +18,26 @@ WRITTEN_WHERE_SET = ("hadamard", "activation_bits", "weight_scales")
 class BitNetConfig:
     """What defines a model. Names are those of published config.json files; see PRESETS for published shapes."""
 
-    vocab_size: int = 32000
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None  # None: as many as heads
-    hidden_act: str = "silu"  # or "relu2"
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    linear: str = "bitlinear"  # "linear": the full-precision twin
-    quantize_head: bool = False  # the output head is a bitlinear too
-    input_norms: bool = True  # RMSNorm before attention and feed-forward
-    sub_norms: bool = True  # RMSNorm before o_proj and down_proj
-    use_rms_norm: bool = False  # RMSNorm without gain inside every projection, before its quantization
-    hadamard: bool = False  # o_proj and down_proj read ops.hadamard of what the norms before them give
-    activation_bits: int = 8  # or 4: what every ternary *_proj rounds its input to; a ternary head keeps 8
-    weight_scales: str = "tensor"  # one scale for a ternary matrix; "channel": one for each of its rows (outputs)
+    vocab_size: int = option(32000, "ids of the tokenizer")
+    hidden_size: int = option(256, "channels, an even multiple of the attention heads")
+    intermediate_size: int = option(688, "channels inside the feed-forward layers")
+    num_hidden_layers: int = option(4, "blocks of attention and feed-forward")
+    num_attention_heads: int = option(8, "query heads in a block")
+    num_key_value_heads: int | None = option(None, "heads of keys and values (as many as query heads)")
+    hidden_act: str = option("silu", "of the gate in the feed-forward layers: silu or relu2")
+    max_position_embeddings: int = option(2048, "tokens, the longest sequence that can be read")
+    rms_norm_eps: float = option(1e-5, "added to the mean square in every RMSNorm")
+    rope_theta: float = option(10000.0, "base of the rotary position angles")
+    tie_word_embeddings: bool = option(False, "the output head is the embedding table")
+    initializer_range: float = option(0.02, "standard deviation of initial weights")
+    linear: str = option("bitlinear", "layers inside the blocks: bitlinear (ternary) or linear (full precision)")
+    quantize_head: bool = option(False, "the output head is a bitlinear too")
+    input_norms: bool = option(True, "RMSNorm before attention and feed-forward")
+    sub_norms: bool = option(True, "RMSNorm before o_proj and down_proj")
+    use_rms_norm: bool = option(False, "RMSNorm without gain inside every projection, before its quantization")
+    hadamard: bool = option(False, "o_proj and down_proj read the Hadamard transform of what comes before them")
+    activation_bits: int = option(8, "8 or 4: what ternary layers in the blocks round their inputs to (a head keeps 8)")
+    weight_scales: str = option("tensor", "tensor: one scale for a ternary matrix; channel: one for each row (output)")
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:

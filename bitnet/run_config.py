@@ -16,8 +16,9 @@ from bitnet.config import PRESETS, BitNetConfig
 from bitnet.corpus import RECIPES
 from bitnet.errors import ConfigError
 from bitnet.mixture import is_mixture
+from bitnet.option import option
 from bitnet.tokenizer import SPECS
-from bitnet.trainer_config import TrainerConfig, option
+from bitnet.trainer_config import TrainerConfig
 from bitnet.yaml_file import load_yaml
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitnet import mfu, optim
 from bitnet.errors import ConfigError
 from bitnet.muon import Muon
+from bitnet.option import option
 
 DEFAULT_STEPS = 1000
 OPTIMIZERS: dict[str, type[optim.AdamW] | type[Muon]] = {"adamw": optim.AdamW, "muon": Muon}
-
-
-def option(default: Any, help: str, resume: bool = False) -> Any:
-    """A field that is also a flag: its help line, and whether a resumed run may change it."""
-    return field(default=default, metadata={"help": help, "resume": resume})
 
 
 @dataclass(frozen=True)

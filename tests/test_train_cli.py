@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,9 @@ def test_every_option_is_a_flag_with_a_word_of_help(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     for name in OPTIONS:
         assert f"--{name.replace('_', '-')} " in text
+        assert OPTIONS[name].metadata["help"], name
+    assert all(field.metadata["help"] for field in fields(BitNetConfig))
+    assert all(action.help for action in train.arguments()._actions)
     assert "bitnet train --resume" in text
 
 
