@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from bitnet import checkpoint, mfu, nn
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
-from bitnet.config import BitNetConfig
+from bitnet.config import WRITTEN_WHERE_SET, BitNetConfig
 from bitnet.convert import refuse_ternary, to_ternary
 from bitnet.corpus import RECIPES
 from bitnet.corpus.hub import PREFIX
@@ -407,7 +407,7 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
 BACKWARD = {"fast": "bf16", "int8": "int8 and bf16", "fp32": "f32"}
 
 
-# Named where they are not off.
+# Named where they are not off, with the model's own, WRITTEN_WHERE_SET.
 LEVERS = ("optimizer", "ema", "ternary_from", "ternary_ramp", "requantize_every", "teacher", "distill_attention")
 
 
@@ -432,6 +432,7 @@ def _introduce(trainer: Trainer) -> None:
     if isinstance(trainer.loader.rows, Conversations) and trainer.loader.rows.left_out:
         print(f"{trainer.loader.rows.left_out:,} conversations have no answer within {c.seq_len} tokens: left out")
     levers = [f"{name} {getattr(c, name)}" for name in LEVERS if getattr(c, name) != OPTIONS[name].default]
+    levers += [f"{name} {value}" for name, value in model.config.as_dict().items() if name in WRITTEN_WHERE_SET]
     if levers:
         print(f"levers: {', '.join(levers)}")
     sys.stdout.flush()

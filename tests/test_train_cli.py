@@ -143,6 +143,17 @@ def test_requests_that_cannot_be_met(text: Path, capsys: pytest.CaptureFixture[s
     assert Path("taken/notes.txt").read_text() == "mine"
 
 
+def test_levers_of_the_model_are_named(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", text, *SMALL, "--steps", "1", "--plots", "false", "--sample-tokens", "0"]
+    shape = "--hadamard --activation-bits 4 --weight-scales channel --ema 0.9".split()
+    assert run(*flags, *shape, "--out", "a") == 0
+    assert "levers: ema 0.9, hadamard True, activation_bits 4, weight_scales channel\n" in capsys.readouterr().out
+    assert run("--init", "a", "--data", text, "--steps", "1", "--seq-len", "16", "--plots", "false", "--out", "b") == 0
+    assert "levers: hadamard True, activation_bits 4, weight_scales channel\n" in capsys.readouterr().out
+    assert run(*flags, "--out", "c") == 0
+    assert "levers:" not in capsys.readouterr().out
+
+
 def test_a_configuration_without_a_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is refused, with its name; a command without one trains on the standard library, and writes that down."""
     Path("shape.yaml").write_text("hidden_size: 32\n")
