@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
     "lm-eval": ("bitnet.harness", "tasks of the lm-evaluation-harness, beside published results"),
     "report": ("bitnet.report", "one HTML page on runs: curves, gaps, layers, samples"),
+    "ema": ("bitnet.ema", "make the averaged weights of a run a run of their own"),
     "pack": ("bitnet.pack", "put a trained model into one .bitnet file"),
     "info": ("bitnet.info", "what a .bitnet file holds, its checksums verified"),
     "import": ("bitnet.import_cli", "take in a checkpoint of Hugging Face, a GGUF or an ONNX file"),
@@ -37,7 +38,7 @@ start here:
   bitnet train --resume runs/nano-stdlib-001          goes on with a run that was stopped
   bitnet pack runs/nano-stdlib-001 -o nano.bitnet     one file that generate, evaluate and bench open too
 
-`bitnet COMMAND --help` explains a command; `python -m bitnet.COMMAND` is the same."""
+`bitnet COMMAND --help` explains a command; `python -m bitnet.cli COMMAND` is the same."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@
 so that the first steps, from weights that mean nothing, are soon forgotten. The average is a model of its own, whose
 codes are those of the averaged latent weights: it costs 4 bytes a parameter. Training never reads it.
 
-`python -m bitnet.ema RUN OUT` makes it a run folder, which every other command opens.
+`bitnet ema RUN OUT` makes it a run folder, which every other command opens.
 
 Source: Polyak and Juditsky 1992; for ternary layers it is the noise of codes near a boundary that averages out.
 """
@@ -58,7 +58,7 @@ def extract(run: str | Path, out: str | Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met."""
     parser = argparse.ArgumentParser(
-        prog="python -m bitnet.ema", description="Make the averaged weights of a run (--ema) a run folder of their own."
+        prog="bitnet ema", description="Make the averaged weights of a run (--ema) a run folder of their own."
     )
     parser.add_argument("run", type=Path, help="a run or checkpoint folder")
     parser.add_argument("out", type=Path, help="the folder to make")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -226,6 +228,16 @@ def test_one_word_chooses_the_command(capsys: pytest.CaptureFixture[str]) -> Non
             cli.main([name, "--help"])
         assert end.value.code == 0
         assert f"usage: bitnet {name}" in capsys.readouterr().out
+
+
+def test_the_program_is_the_module_that_its_help_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "`python -m bitnet.cli COMMAND` is the same" in text
+    assert "  ema " in text
+    for name in ("import", "ema"):
+        command = [sys.executable, "-m", "bitnet.cli", name, "--help"]
+        assert f"usage: bitnet {name} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_pictures_of_a_run_without_evaluations(tmp_path: Path) -> None:
