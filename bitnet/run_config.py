@@ -17,6 +17,7 @@ from bitnet.corpus import RECIPES
 from bitnet.errors import ConfigError
 from bitnet.mixture import is_mixture
 from bitnet.option import option
+from bitnet.shipped import shipped_names
 from bitnet.tokenizer import SPECS
 from bitnet.trainer_config import TrainerConfig
 from bitnet.yaml_file import load_yaml
@@ -61,6 +62,11 @@ class RunConfig:
         for name in ("lora_alpha", "lora_targets", "lora_norms"):
             if getattr(self, name) and not self.lora:
                 raise ConfigError(f"{name} needs lora, the rank of the adapters")
+        if self.recipe not in (None, *RECIPES) and self.recipe in shipped_names("datasets"):
+            raise ConfigError(
+                f"recipe {self.recipe!r} has to be packed first: `bitnet data --recipe {self.recipe} --out PACK`, then "
+                "--data PACK (PACK/mixture.yaml for one of several parts)"
+            )
         for name, allowed in {"recipe": (None, *RECIPES), "preset": tuple(PRESETS)}.items():
             if getattr(self, name) not in allowed:
                 value, known = getattr(self, name), ", ".join(filter(None, allowed))

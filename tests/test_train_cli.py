@@ -129,6 +129,8 @@ def test_requests_that_cannot_be_met(text: Path, capsys: pytest.CaptureFixture[s
         ("--config", "type.yaml"): "steps must be an integer, not 'many' in type.yaml",
         ("--config", "none.yaml"): "there is no file and no recipe 'none.yaml'; recipes: stdlib, tinyshakespeare",
         ("--preset", "nan"): "unknown preset 'nan' (did you mean 'nano'?)",
+        ("--recipe", "tinystories"): "packed first: `bitnet data --recipe tinystories --out PACK`, then --data PACK",
+        ("--recipe", "stdlb"): "unknown recipe 'stdlb' (did you mean 'stdlib'?)",
         ("--data", "empty"): "the corpus is empty",
         ("--data", "nowhere.txt"): f"there is no file or folder {text.parent / 'nowhere.txt'}",
         ("--data", "numbers.txt", "--recipe", "stdlib"): "exclude each other",
