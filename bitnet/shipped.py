@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def _folders(kind: str) -> list[Path]:
-    """Beside the package in a checkout, or where it was installed."""
-    return [Path(__file__).parents[1] / kind, Path(sysconfig.get_path("data"), "share", "bitnet", kind)]
+    """Beside the package in a checkout, or where it was installed, for everyone or with --user."""
+    installed = [sysconfig.get_path("data"), sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))]
+    return [Path(__file__).parents[1] / kind, *(Path(root, "share", "bitnet", kind) for root in installed)]
 
 
 def shipped(kind: str, name: str) -> Path | None:

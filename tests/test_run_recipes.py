@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_name_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "'tinyshakespear'" in said
     assert "stdlib, tinyshakespeare" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_user_s_installation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip install --user puts data files where the user's scheme says, not where the default one does."""
+    user = sysconfig.get_preferred_scheme("user")
+    folders = {None: tmp_path / "prefix", user: tmp_path / "user"}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme=None: str(folders[scheme]))
+    monkeypatch.setattr("bitnet.shipped.__file__", str(tmp_path / "site" / "bitnet" / "shipped.py"))
+    assert shipped_names("recipes") == []
+    for folder, name in ((folders[user], "mine"), (folders[None], "ours")):
+        recipe = folder / "share" / "bitnet" / "recipes" / f"{name}.yaml"
+        recipe.parent.mkdir(parents=True)
+        recipe.touch()
+        assert shipped("recipes", name) == recipe
+    assert shipped_names("recipes") == ["mine", "ours"]
 
 
 def test_names_are_no_paths() -> None:
