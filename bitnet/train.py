@@ -179,8 +179,8 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     set_threads(settings.run.threads)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {'CUDA' if has_cuda() else 'no CUDA in this build'}")
     print(f"run: {out}", flush=True)
-    model = _interruptible(lambda: initial(settings, out), out)
-    data = _interruptible(lambda: prepare(settings, out, model), out)
+    model = _interruptible(lambda: initial(settings, out), out, "opening the model")
+    data = _interruptible(lambda: prepare(settings, out, model), out, "preparing the text")
     trainer = build(settings, data, out, model)
     if resume:
         trainer.resume()
@@ -375,8 +375,11 @@ def _shape(settings: Settings, tokenizer: Tokenizer, folder: Path, out: Path) ->
     return settings.model_config(tokenizer.vocab_size if learned or wanted is None else wanted)
 
 
-def _interruptible(work: Callable[[], T], out: Path) -> T:
-    """Does work on another thread, so that Ctrl-C is heard while a library computes; nothing half-done counts."""
+def _interruptible(work: Callable[[], T], out: Path, doing: str) -> T:
+    """Does work on another thread, so that Ctrl-C is heard while a library computes; nothing half-done counts.
+
+    doing: what it is, as an interrupt tells.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -394,7 +397,7 @@ def _interruptible(work: Callable[[], T], out: Path) -> T:
                 thread.join(0.1)
         except KeyboardInterrupt:
             command = f"python -m bitnet.train --resume {out}"
-            print(f"\nstopped while preparing the text; go on with: {command}", file=sys.stderr)
+            print(f"\nstopped while {doing}; go on with: {command}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
             # The thread may be deep inside a library, which an orderly exit would wait for.

@@ -242,6 +242,23 @@ def test_the_program_is_the_module_that_its_help_names(capsys: pytest.CaptureFix
         assert f"usage: bitnet {name} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize(("part", "doing"), [("initial", "opening the model"), ("prepare", "preparing the text")])
+def test_an_interrupt_before_training_says_what_it_stopped(text: Path, part: str, doing: str) -> None:
+    code = f"""
+import os, signal, time
+from bitnet import train
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+train.{part} = interrupted
+train.main(["--data", "numbers.txt", "--out", "run"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == f"\nstopped while {doing}; go on with: python -m bitnet.train --resume run\n"
+    assert Path("run/train.yaml").is_file()
+
+
 def test_pictures_of_a_run_without_evaluations(tmp_path: Path) -> None:
     records = [{"step": n, "train_loss": 5 / n, "val_loss": None} for n in range(1, 4)]
     plots.loss_curves(tmp_path / "a.png", records)
