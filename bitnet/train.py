@@ -29,6 +29,7 @@ from bitnet.data import DataLoader, ShardDataset
 from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
+from bitnet.metrics import Record, read_metrics
 from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained, located
@@ -454,8 +455,24 @@ def _conclude(trainer: Trainer, before: int) -> None:
     if trainer.history and trainer.history[-1].get("val_loss_ema") is not None:
         loss = trainer.history[-1]["val_loss_ema"]
         print(f"validation loss {loss:.4f} with averaged weights: python -m bitnet.ema {out} {out}-ema")
+    if trainer.config.compare is not None:
+        print(_gap(trainer.history, trainer.config.compare))
     print(f"pictures: {out}/plots; checkpoints, metrics.jsonl and samples.txt beside them")
     print(f"next: python -m bitnet.generate {out} -p {_quoted(prompt)}")
+
+
+def _gap(history: Sequence[Record], other: str) -> str:
+    """How far the validation loss of a run lies above another's, at the last step where both were evaluated."""
+    try:
+        theirs = {record["step"]: record["val_loss"] for record in read_metrics(Path(other) / "metrics.jsonl")}
+    except OSError as error:
+        return f"no gap to {other}: {error.strerror}"
+    for record in reversed(history):
+        own, step = record["val_loss"], record["step"]
+        its = theirs.get(step)
+        if own is not None and its is not None:
+            return f"validation loss {own:.4f}, {its:.4f} of {other}: gap {own - its:+.4f} nats at step {step}"
+    return f"no gap to {other}: there is no step at which both runs were evaluated"
 
 
 def _quoted(text: str) -> str:

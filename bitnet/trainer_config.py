@@ -68,7 +68,7 @@ class TrainerConfig:
     )
     tensorboard: bool = option(False, "write RUN/tensorboard (pip install 'bitnet[tensorboard]')", True)
     wandb: str | None = option(None, "project for Weights & Biases, offline unless WANDB_MODE says otherwise", True)
-    compare: str | None = option(None, "another run (a twin) to draw beside this one in the pictures", True)
+    compare: str | None = option(None, "another run (a twin), drawn beside this one; the gap to it is told", True)
 
     def __post_init__(self) -> None:
         ones = dict.fromkeys(

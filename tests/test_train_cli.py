@@ -259,6 +259,21 @@ train.main(["--data", "numbers.txt", "--out", "run"])
     assert Path("run/train.yaml").is_file()
 
 
+def test_a_run_tells_its_gap_to_another(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", text, *SMALL, "--plots", "false", "--sample-tokens", "0"]
+    assert run(*flags, "--steps", "4", "--eval-every", "2", "--out", "twin", "--twin") == 0
+    assert "gap" not in capsys.readouterr().out
+    assert run(*flags, "--steps", "6", "--eval-every", "1", "--out", "a", "--compare", "twin") == 0
+    own, its = (read_metrics(f"{name}/metrics.jsonl")[3]["val_loss"] for name in ("a", "twin"))
+    said = f"validation loss {own:.4f}, {its:.4f} of twin: gap {own - its:+.4f} nats at step 4\n"
+    assert own != its
+    assert said in capsys.readouterr().out
+    assert run("--resume", "a", "--compare", "nowhere") == 0
+    assert "no gap to nowhere: there is no step at which both runs were evaluated\n" in capsys.readouterr().out
+    assert run("--resume", "a", "--compare", "numbers.txt") == 0
+    assert "no gap to numbers.txt: Not a directory\n" in capsys.readouterr().out
+
+
 def test_pictures_of_a_run_without_evaluations(tmp_path: Path) -> None:
     records = [{"step": n, "train_loss": 5 / n, "val_loss": None} for n in range(1, 4)]
     plots.loss_curves(tmp_path / "a.png", records)
