@@ -9,7 +9,7 @@ alone. bitnet/rows.py says which tokens a row holds.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from bitnet.errors import ConfigError, DataError
-from bitnet.rows import Conversations, RandomWindows, Row, Rows, Windows, answered, rows_of, whole_windows
+from bitnet.rows import (
+    Conversations,
+    DocumentWindows,
+    RandomWindows,
+    Row,
+    Rows,
+    Windows,
+    answered,
+    document_windows,
+    rows_of,
+    whole_windows,
+)
 from bitnet.shard import Shard, read_manifest
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
@@ -195,25 +206,38 @@ class DataLoader:
             yield batch
 
 
-def eval_rows(dataset: ShardDataset, seq_len: int) -> int:
+def eval_rows(dataset: ShardDataset, seq_len: int, documents: str = "joined") -> int:
     """How many rows eval_blocks gives in all; 0 where it would raise DataError."""
-    return len(answered(dataset, seq_len)) if dataset.marks else max(0, (len(dataset) - 1) // seq_len)
+    if dataset.marks:
+        return len(answered(dataset, seq_len))
+    if documents == "separate":
+        return document_windows(dataset, seq_len)
+    return max(0, (len(dataset) - 1) // seq_len)
 
 
 def _stacked(rows: list[Row]) -> Batch:
     return np.stack([tokens for tokens, _ in rows]), np.stack([targets for _, targets in rows])
 
 
-def eval_blocks(dataset: ShardDataset, batch_size: int, seq_len: int) -> Iterator[Batch]:
+def _apart(dataset: ShardDataset, seq_len: int) -> tuple[int, Callable[[int], Row]]:
+    """How many conversations or windows of documents there are, and each by its number in the order of the pack."""
+    if dataset.marks:
+        talks = Conversations(dataset, seq_len)
+        return talks.per_epoch, talks.conversation
+    windows = DocumentWindows(dataset, seq_len, 0)
+    return windows.per_epoch, windows.window
+
+
+def eval_blocks(dataset: ShardDataset, batch_size: int, seq_len: int, documents: str = "joined") -> Iterator[Batch]:
     """Every whole block of seq_len tokens once, in order, no two overlapping; the last batch may have fewer rows.
 
-    Of conversations: every one that has an answer within seq_len.
+    documents "separate": every window of every document, as in training (see rows.DocumentWindows), so that no loss
+    depends on another document. Of conversations: every one that has an answer within seq_len.
     """
-    if dataset.marks:
-        found = Conversations(dataset, seq_len)
-        for first in range(0, found.per_epoch, batch_size):
-            numbers = range(first, min(first + batch_size, found.per_epoch))
-            yield _stacked([found.conversation(number) for number in numbers])
+    if dataset.marks or documents == "separate":
+        count, row = _apart(dataset, seq_len)
+        for first in range(0, count, batch_size):
+            yield _stacked([row(number) for number in range(first, min(first + batch_size, count))])
         return
     blocks = whole_windows(dataset, seq_len)
     for first in range(0, blocks, batch_size):

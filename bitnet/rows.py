@@ -82,7 +82,7 @@ class DocumentWindows:
     def __init__(self, dataset: ShardDataset, seq_len: int, seed: int) -> None:
         self._dataset, self._seq_len, self._seed = dataset, seq_len, seed
         self._starts = dataset.document_starts()  # (documents + 1,) i64, the last of them the end
-        self._ends = np.cumsum(-(-(np.diff(self._starts) - 1) // seq_len))  # (documents,) windows up to and with each
+        self._ends = np.cumsum(_windows_of_each(self._starts, seq_len))  # (documents,) windows up to and with each
         self.per_epoch = int(self._ends[-1]) if len(self._ends) else 0
         if self.per_epoch == 0:
             raise DataError(f"split {dataset.split!r} of {dataset.folder} has no document of two tokens")
@@ -95,7 +95,10 @@ class DocumentWindows:
     def row(self, number: int) -> Row:
         epoch, index = divmod(number, self.per_epoch)
         keys = words(self._seed, DOCUMENT_STREAM, epoch, ROUNDS)
-        window = permute(index, self.per_epoch, keys)
+        return self.window(permute(index, self.per_epoch, keys))
+
+    def window(self, window: int) -> Row:
+        """One of per_epoch, in the order of the pack."""
         document = int(np.searchsorted(self._ends, window, side="right"))
         before = int(self._ends[document - 1]) if document else 0
         begin = int(self._starts[document]) + (window - before) * self._seq_len
@@ -103,6 +106,16 @@ class DocumentWindows:
         tokens, targets = np.zeros(self._seq_len, np.int32), np.full(self._seq_len, IGNORE, np.int32)
         tokens[: len(ids) - 1], targets[: len(ids) - 1] = ids[:-1], ids[1:]
         return tokens, targets
+
+
+def document_windows(dataset: ShardDataset, seq_len: int) -> int:
+    """How many windows DocumentWindows cuts the documents into; 0 where it would raise DataError."""
+    return int(_windows_of_each(dataset.document_starts(), seq_len).sum())
+
+
+def _windows_of_each(starts: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.int64]:
+    """(documents,) windows that hold every target once, from (documents + 1,) starts."""
+    return -(-(np.diff(starts) - 1) // seq_len)
 
 
 class Conversations:

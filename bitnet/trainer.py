@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from bitnet import _core, checkpoint, mfu, recovery, stability
 from bitnet._core import Tensor
 from bitnet.attention_distill import AttentionDistillation
 from bitnet.config import BitNetConfig
-from bitnet.data import DataLoader, ShardDataset, eval_blocks, eval_rows
+from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks, eval_rows
 from bitnet.distill import Distillation, Teacher
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
@@ -123,7 +123,7 @@ class Trainer:
         """The validation splits that hold a sequence; several by the names of their sources."""
         out = {}
         for name, data in self.dataset.held_out().items():
-            if eval_rows(data, self.config.seq_len):
+            if eval_rows(data, self.config.seq_len, self.config.documents):
                 out[name] = data
             else:
                 self.log(f"note: {len(data)} held-out tokens are too few for one sequence: no {name} loss")
@@ -362,7 +362,7 @@ class Trainer:
             loss = self.evaluate()
             if not math.isfinite(loss):
                 held_out = self.held_out.values()
-                blocks = (batch for data in held_out for batch in eval_blocks(data, c.batch_size, c.seq_len))
+                blocks = (batch for data in held_out for batch in self._blocks(data))
                 raise Trouble(self.step, f"the validation loss is {loss}", recovery.first_bad(self, blocks))
             record["val_loss"] = loss
             if len(self.held_out) > 1:
@@ -427,7 +427,7 @@ class Trainer:
     def _evaluate(self, data: ShardDataset, loss: RecordedLoss) -> float:
         c = self.config
         total, count, done, limit = 0.0, 0, 0, self._eval_blocks(data)
-        for tokens, targets in eval_blocks(data, c.batch_size, c.seq_len):
+        for tokens, targets in self._blocks(data):
             rows = min(len(tokens), limit - done)
             if rows <= 0:
                 break
@@ -448,8 +448,12 @@ class Trainer:
         text = self.validation or self.dataset
         return self.tokenizer.decode(text.read(0, min(len(text), 8)).tolist())
 
+    def _blocks(self, data: ShardDataset) -> Iterator[Batch]:
+        """The rows of an evaluation: like those of training, joined or of one document each."""
+        return eval_blocks(data, self.config.batch_size, self.config.seq_len, self.config.documents)
+
     def _eval_blocks(self, data: ShardDataset) -> int:
-        whole = eval_rows(data, self.config.seq_len)
+        whole = eval_rows(data, self.config.seq_len, self.config.documents)
         return min(whole, self.config.eval_blocks or whole)
 
     def report(self, event: Record) -> None:
