@@ -166,9 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=256, metavar="T", help="(default 256)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default 2e-3)")
-    parser.add_argument(
-        "--lrs", type=float, nargs="*", default=[], metavar="X", help="others, for plain runs and twins"
-    )
+    parser.add_argument("--lrs", type=float, nargs="*", default=[], metavar="X",
+                        help="others, for the plain model, and its twin with --own-twins")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each run (default 1)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, text and run: only shows that it works")
