@@ -454,7 +454,7 @@ def _conclude(trainer: Trainer, before: int) -> None:
         print(f"best validation loss {best['val_loss']:.4f} at step {best['step']}")
     if trainer.history and trainer.history[-1].get("val_loss_ema") is not None:
         loss = trainer.history[-1]["val_loss_ema"]
-        print(f"validation loss {loss:.4f} with averaged weights: python -m bitnet.ema {out} {out}-ema")
+        print(f"validation loss {loss:.4f} with averaged weights: bitnet ema {out} {out}-ema")
     if trainer.config.compare is not None:
         print(_gap(trainer.history, trainer.config.compare))
     print(f"pictures: {out}/plots; checkpoints, metrics.jsonl and samples.txt beside them")

@@ -103,7 +103,7 @@ def test_a_run_of_all_levers_is_killed_and_ends_in_the_same_bytes(
     whole, run = tmp_path / "whole", tmp_path / "run"
     output = finish(start("--out", whole, *flags))
     assert f"levers: optimizer muon, ema 0.9, ternary_from 8, ternary_ramp 20, teacher {undisturbed}" in output
-    assert f"with averaged weights: python -m bitnet.ema {whole} {whole}-ema" in output
+    assert f"with averaged weights: bitnet ema {whole} {whole}-ema" in output
     process = start("--out", run, *flags)
     wait_for(process, run, 12 + random.randrange(40))
     process.kill()
