@@ -56,6 +56,11 @@ class Split:
             return text[:cut], text[cut:]
         return ("", text) if self.holds_out(text) else (text, "")
 
+    def sides(self, text: str) -> tuple[bool, bool]:
+        """Whether some of a document is trained on, and whether some of it is held out."""
+        train, validation = self.parts(text)
+        return bool(train), bool(validation)
+
     def holds_out(self, text: str) -> bool:
         digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "little") < self.fraction * 2**64

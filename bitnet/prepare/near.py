@@ -37,6 +37,7 @@ class NearIndex:
 
     near: a document this similar to one that was kept is a near duplicate. across: so is one this similar to a kept one
     on the other side of the held-out split; lower than near, it makes the two sides differ more than texts of one side.
+    Documents that are cut, so that each is on both sides, are all on each other's other side.
     """
 
     def __init__(self, near: float, across: float) -> None:
@@ -47,16 +48,19 @@ class NearIndex:
         sketch = need("datasketch", "near-duplicate removal")
         # What the index names too much is compared and let go; what it misses is missed: hence the weights.
         self._index = sketch.MinHashLSH(min(near, across), PERMUTATIONS, weights=(0.1, 0.9))
-        self._kept: list[tuple[Any, bool]] = []  # signature, and whether it is held out
+        self._kept: list[tuple[Any, tuple[bool, bool]]] = []  # signature and sides
 
-    def admit(self, hashes: Any, held_out: bool) -> str | None:
-        """Keeps a document unless it is like one before; returns "near" or "across" if it is."""
+    def admit(self, hashes: Any, sides: tuple[bool, bool]) -> str | None:
+        """Keeps a document unless it is like one before; returns "near" or "across" if it is. sides: as Split.sides."""
+        trains, held_out = sides
         alike = [self._kept[i] for i in self._index.query(hashes)]
-        found = [(hashes.jaccard(other), held_out != side) for other, side in alike]
+        found = [
+            (hashes.jaccard(other), (trains and held) or (held_out and trained)) for other, (trained, held) in alike
+        ]
         if any(value >= self._near for value, _ in found):
             return "near"
         if any(crosses and value >= self._across for value, crosses in found):
             return "across"
         self._index.insert(len(self._kept), hashes)
-        self._kept.append((hashes, held_out))
+        self._kept.append((hashes, sides))
         return None

@@ -92,7 +92,7 @@ def pack(
     if found.dropped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.dropped.items())
         log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
-    split = Split.choose(survey, val_fraction)
+    split = found.split
     log(f"held out for validation: {split}")
     key = key_of(survey.sha256, split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings())
     if old.get("key") == key and is_whole(out):

@@ -1,15 +1,16 @@
-"""One pass over the corpus that decides which documents stay.
+"""A pass over the corpus that decides which documents stay, and with them the held-out split.
 
 The order of the judgements is filters, exact duplicates, near duplicates; the first of those that are alike stays. A
-document's side of the held-out split follows from a hash of its text, so it is known here already, and a document that
-resembles a kept one of the other side is removed too: nothing that is held out has a near duplicate in training.
+document's side of the split follows from a hash of its text, so it is known here already, and a document that
+resembles a kept one of the other side is removed too: nothing that is held out has a near duplicate in training. Where
+so few stay that each document is cut instead, it is on both sides, and near duplicates are judged again as that asks.
 """
 
 from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bitnet.corpus import Corpus, Counter, Document, Split, Survey
@@ -59,6 +60,7 @@ class Screening:
     codes: bytes | None  # one of REASONS by number for each document; None: all are kept
     dropped: dict[str, int]  # how many for each reason
     sources: dict[str, int]  # kept documents of each file or data set
+    split: Split  # of the kept documents
 
     def keeps(self, number: int) -> bool:
         return self.codes is None or self.codes[number] == 0
@@ -75,12 +77,35 @@ def screen(
     workers: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> Screening:
-    """Reads the corpus once. progress: called with the bytes of each document. Raises DataError if nothing is left."""
+    """Reads the corpus once, or twice where near duplicates are to go and few documents stay.
+
+    progress: called with the bytes of each document, the first time. Raises DataError if nothing is left.
+    """
+    by_hash = Split(DEFAULT_HELD_OUT if val_fraction is None else val_fraction, by_position=False)
+    found = _read(corpus, preparation, by_hash, workers, progress)
+    split = Split.choose(_kept(found), val_fraction)
+    if split.by_position and preparation.dedup == "near":
+        found = _read(corpus, preparation, split, workers, None)
+        split = replace(Split.choose(_kept(found), val_fraction), by_position=True)
+    return replace(found, split=split)
+
+
+def _kept(found: Screening) -> Survey:
+    return Survey(found.kept_documents, found.kept_bytes, found.survey.sha256)
+
+
+def _read(
+    corpus: Corpus,
+    preparation: Preparation,
+    split: Split,
+    workers: int,
+    progress: Callable[[int], object] | None,
+) -> Screening:
+    """One pass, with documents on the sides that `split` says."""
     count, codes = Counter(), bytearray()
     dropped: Tally[str] = Tally()
     sources: Tally[str] = Tally()
     kept_bytes = 0
-    side = Split(DEFAULT_HELD_OUT if val_fraction is None else val_fraction, by_position=False)
     seen: set[bytes] = set()
     index = NearIndex(preparation.near, preparation.across) if preparation.dedup == "near" else None
     sized = ((document, len(document.text)) for document in corpus.documents())
@@ -92,7 +117,7 @@ def screen(
                 reason = "exact" if hashed in seen else None
                 seen.add(hashed)
             if reason is None and index is not None:
-                reason = index.admit(hashes, side.holds_out(document.text))
+                reason = index.admit(hashes, split.sides(document.text))
             codes.append(REASONS.index(reason or ""))
             if reason is None:
                 kept_bytes += size
@@ -107,9 +132,8 @@ def screen(
         reasons = ", ".join(f"{n:,} by {reason}" for reason, n in sorted(dropped.items()))
         raise DataError(f"no document is left of {survey.documents:,}: {reasons}")
     by_name = dict(sorted(sources.items()))
-    return Screening(
-        survey, kept, kept_bytes, bytes(codes) if dropped else None, dict(sorted(dropped.items())), by_name
-    )
+    kept_codes = bytes(codes) if dropped else None
+    return Screening(survey, kept, kept_bytes, kept_codes, dict(sorted(dropped.items())), by_name, split)
 
 
 def origin(source: str) -> str:

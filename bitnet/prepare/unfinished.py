@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitnet.corpus import Survey
+from bitnet.corpus import Split, Survey
 from bitnet.durable import sync
 from bitnet.errors import BitnetError
 from bitnet.prepare.screening import Screening
@@ -40,7 +40,8 @@ class Unfinished:
             if plan.pop("stamp") != stamp:
                 return None
             codes = (self.folder / CODES).read_bytes() or None
-            return Screening(Survey(**plan.pop("survey")), codes=codes, **plan)
+            survey, split = Survey(**plan.pop("survey")), Split(**plan.pop("split"))
+            return Screening(survey, codes=codes, split=split, **plan)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
