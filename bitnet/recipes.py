@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.errors import ConfigError
-from bitnet.prepare import Filters, Preparation, pack
+from bitnet.prepare import Filters, HeldOut, Preparation, open_corpus, pack
 from bitnet.shipped import shipped, shipped_names
 from bitnet.yaml_file import load_yaml
 
@@ -98,12 +98,24 @@ def run(
     out = Path(out)
     if not recipe.parts:
         return pack(list(data) or list(recipe.source), out, preparation=preparation(prepare), **options, log=log)
-    for name, part in recipe.parts.items():
+    sources = [list(data) or part.get("source") or list(recipe.source) for part in recipe.parts.values()]
+    wheres = [{**prepare.get("where", {}), **part.get("where", {})} for part in recipe.parts.values()]
+    preparations = [preparation({**prepare, "where": where}) for where in wheres]
+    held_out = None
+    if preparations[0].dedup != "none":
+        log("first: what all parts hold out, so that none trains on a likeness of it")
+        read = {name: options[name] for name in ("separator", "max_bytes", "text_field") if name in options}
+        parts = [
+            (open_corpus(source, fields=one.filters.fields, **read)[0], one)
+            for source, one in zip(sources, preparations, strict=True)
+        ]
+        held_out = HeldOut(parts, options.get("val_fraction"), options.get("workers", 1))
+    for number, (name, part) in enumerate(recipe.parts.items()):
         log(f"part {name}:")
-        own = {**prepare, "where": {**prepare.get("where", {}), **part.get("where", {})}}
         shards = {"shards": part["shards"]} if "shards" in part else {}
-        source = list(data) or part.get("source") or list(recipe.source)
-        pack(source, out / name, preparation=preparation(own), **{**options, **shards}, log=log)
+        guard = None if held_out is None else held_out.guard(number)
+        own = {**options, **shards, "preparation": preparations[number], "guard": guard}
+        pack(sources[number], out / name, **own, log=log)
         options["tokenizer"] = str(out / name)  # of the first part, for all
     _write_mixture(recipe, out)
     return out / MIXTURE

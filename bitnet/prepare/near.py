@@ -11,7 +11,6 @@ import zlib
 from typing import Any
 
 from bitnet.corpus.readers import need
-from bitnet.errors import ConfigError
 from bitnet.prepare.exact import normalized
 from bitnet.prepare.filters import GRAM
 
@@ -32,6 +31,25 @@ def signature(text: str) -> Any:
     return sketch.LeanMinHash(hashes)
 
 
+class Signatures:
+    """Signatures, each with a value, found again by a likeness of `least` or more."""
+
+    def __init__(self, least: float) -> None:
+        sketch = need("datasketch", "near-duplicate removal")
+        # What the index names too much is compared and let go; what it misses is missed: hence the weights.
+        self._index = sketch.MinHashLSH(least, PERMUTATIONS, weights=(0.1, 0.9))
+        self._held: list[tuple[Any, Any]] = []
+
+    def insert(self, hashes: Any, value: Any) -> None:
+        self._index.insert(len(self._held), hashes)
+        self._held.append((hashes, value))
+
+    def alike(self, hashes: Any) -> list[tuple[float, Any]]:
+        """(similarity, value) of those that may be alike."""
+        found = (self._held[i] for i in self._index.query(hashes))
+        return [(hashes.jaccard(other), value) for other, value in found]
+
+
 class NearIndex:
     """Documents that were kept so far. In the order in which they come, the first of those that are alike stays.
 
@@ -41,26 +59,18 @@ class NearIndex:
     """
 
     def __init__(self, near: float, across: float) -> None:
-        for name, value in (("near", near), ("across", across)):
-            if not 0 < value <= 1:
-                raise ConfigError(f"{name} must be above 0 and at most 1, not {value}")
         self._near, self._across = near, across
-        sketch = need("datasketch", "near-duplicate removal")
-        # What the index names too much is compared and let go; what it misses is missed: hence the weights.
-        self._index = sketch.MinHashLSH(min(near, across), PERMUTATIONS, weights=(0.1, 0.9))
-        self._kept: list[tuple[Any, tuple[bool, bool]]] = []  # signature and sides
+        self._kept = Signatures(min(near, across))  # with their sides
 
     def admit(self, hashes: Any, sides: tuple[bool, bool]) -> str | None:
         """Keeps a document unless it is like one before; returns "near" or "across" if it is. sides: as Split.sides."""
         trains, held_out = sides
-        alike = [self._kept[i] for i in self._index.query(hashes)]
         found = [
-            (hashes.jaccard(other), (trains and held) or (held_out and trained)) for other, (trained, held) in alike
+            (value, (trains and held) or (held_out and trained)) for value, (trained, held) in self._kept.alike(hashes)
         ]
         if any(value >= self._near for value, _ in found):
             return "near"
         if any(crosses and value >= self._across for value, crosses in found):
             return "across"
-        self._index.insert(len(self._kept), hashes)
-        self._kept.append((hashes, sides))
+        self._kept.insert(hashes, sides)
         return None

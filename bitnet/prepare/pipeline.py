@@ -21,7 +21,7 @@ from bitnet.data import ShardDataset
 from bitnet.errors import BitnetError, ConfigError, DataError
 from bitnet.prepare.folder import SPLITS, finish, is_whole, key_of, pack_in, remove, sweep
 from bitnet.prepare.progress import Progress
-from bitnet.prepare.screening import Preparation, Screening, screen
+from bitnet.prepare.screening import Guard, Preparation, Screening, screen
 from bitnet.prepare.shards import Series
 from bitnet.prepare.unfinished import Unfinished
 from bitnet.prepare.workers import batches, ordered_map
@@ -50,6 +50,7 @@ def pack(
     shards: int = 1,
     preparation: Preparation | None = None,
     workers: int = 1,
+    guard: Guard | None = None,
     log: Log = print,
 ) -> Path:
     """Tokenize text into shards in folder `out`, for ShardDataset; returns the folder.
@@ -58,7 +59,7 @@ def pack(
     training split must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator,
     text_field, max_bytes: see Corpus. shards: equal parts the corpus is cut into, each with training shards of its own,
     more where one would exceed shard_tokens. preparation: which documents to leave out. workers: processes; no byte
-    depends on them.
+    depends on them. guard: what other parts of a mixture hold out (see HeldOut).
 
     A pack already there is kept if it was made from the same text and options, replaced if not; one that was killed
     in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
@@ -78,13 +79,14 @@ def pack(
     if loaded is None and spec not in SPECS:
         loaded = build_tokenizer(spec, [], 0)
     made_by: list[Any] = [spec, vocab_size] if loaded is None else [loaded.fingerprint()]
-    options = [val_fraction, shard_tokens, shards, made_by, prepare.settings()]
+    apart = [] if guard is None else [guard.key]
+    options = [val_fraction, shard_tokens, shards, made_by, prepare.settings(), *apart]
     unfinished = Unfinished(out)
     stamp = key_of(corpus.stamp(), options)
     found = unfinished.screening(stamp)
     if found is None:
         with Progress("reading", None) as bar:
-            found = screen(corpus, prepare, val_fraction, workers, bar.add)
+            found = screen(corpus, prepare, val_fraction, workers, bar.add, guard)
     else:
         log(f"{out} holds an unfinished pack: going on with it")
     survey = Survey(found.kept_documents, found.kept_bytes, found.survey.sha256)
@@ -94,7 +96,8 @@ def pack(
         log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
     split = found.split
     log(f"held out for validation: {split}")
-    key = key_of(survey.sha256, split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings())
+    about = [split.fraction, split.by_position, shard_tokens, shards, made_by, prepare.settings(), *apart]
+    key = key_of(survey.sha256, *about)
     if old.get("key") == key and is_whole(out):
         log(f"{out} already holds this pack: nothing to do")
     else:

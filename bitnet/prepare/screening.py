@@ -4,6 +4,7 @@ The order of the judgements is filters, exact duplicates, near duplicates; the f
 document's side of the split follows from a hash of its text, so it is known here already, and a document that
 resembles a kept one of the other side is removed too: nothing that is held out has a near duplicate in training. Where
 so few stay that each document is cut instead, it is on both sides, and near duplicates are judged again as that asks.
+A part of a mixture is judged with what all parts hold out (held_out.py), before duplicates of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from bitnet.prepare.near import NearIndex, signature
 from bitnet.prepare.workers import batches, ordered_map
 
 DEDUP = ("none", "exact", "near")
-REASONS = ("", "score", "language", "where", "length", "repetition", "exact", "near", "across")  # "": kept
+# "": kept; leak: trained on, and like a document that some part of a mixture holds out
+REASONS = ("", "score", "language", "where", "length", "repetition", "exact", "near", "across", "leak")
 DEFAULT_HELD_OUT = 0.01
 
 
@@ -38,6 +40,9 @@ class Preparation:
     def __post_init__(self) -> None:
         if self.dedup not in DEDUP:
             raise ConfigError(f"dedup must be one of {', '.join(DEDUP)}, not {self.dedup!r}")
+        for name, value in (("near", self.near), ("across", self.across)):
+            if not 0 < value <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, not {value}")
 
     @property
     def keeps_everything(self) -> bool:
@@ -70,17 +75,30 @@ class Screening:
         return ((number, text) for number, text in enumerate(corpus) if self.keeps(number))
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What a part of a mixture is told of all parts."""
+
+    split: Split  # its own
+    key: str  # of all that is held out
+    refuses: Callable[[tuple[bool, bool], bytes, Any], bool]  # a document by its sides, hash and MinHash
+
+
 def screen(
     corpus: Corpus,
     preparation: Preparation,
     val_fraction: float | None = None,
     workers: int = 1,
     progress: Callable[[int], object] | None = None,
+    guard: Guard | None = None,
 ) -> Screening:
     """Reads the corpus once, or twice where near duplicates are to go and few documents stay.
 
-    progress: called with the bytes of each document, the first time. Raises DataError if nothing is left.
+    progress: called with the bytes of each document, the first time. guard: of a part of a mixture, which goes
+    with a search for duplicates. Raises DataError if nothing is left.
     """
+    if guard is not None:
+        return _read(corpus, preparation, guard.split, workers, progress, guard)
     by_hash = Split(DEFAULT_HELD_OUT if val_fraction is None else val_fraction, by_position=False)
     found = _read(corpus, preparation, by_hash, workers, progress)
     split = Split.choose(_kept(found), val_fraction)
@@ -100,6 +118,7 @@ def _read(
     split: Split,
     workers: int,
     progress: Callable[[int], object] | None,
+    guard: Guard | None = None,
 ) -> Screening:
     """One pass, with documents on the sides that `split` says."""
     count, codes = Counter(), bytearray()
@@ -113,6 +132,8 @@ def _read(
     for batch, verdicts in ordered_map(judge, batches(sized), workers):
         for document, (reason, hashed, hashes) in zip(batch, verdicts, strict=True):
             size = count.add(document.text)
+            if reason is None and guard is not None and hashed is not None:
+                reason = "leak" if guard.refuses(split.sides(document.text), hashed, hashes) else None
             if reason is None and hashed is not None:
                 reason = "exact" if hashed in seen else None
                 seen.add(hashed)
