@@ -112,7 +112,7 @@ def run(
         held_out = HeldOut(parts, options.get("val_fraction"), options.get("workers", 1))
     for number, (name, part) in enumerate(recipe.parts.items()):
         log(f"part {name}:")
-        shards = {"shards": part["shards"]} if "shards" in part else {}
+        shards = {"shards": part["shards"]} if "shards" in part and "shards" not in (pack_options or {}) else {}
         guard = None if held_out is None else held_out.guard(number)
         own = {**options, **shards, "preparation": preparations[number], "guard": guard}
         pack(sources[number], out / name, **own, log=log)

@@ -315,6 +315,7 @@ def test_a_recipe_of_parts_makes_a_mixture(tmp_path: Path, capsys: pytest.Captur
     assert [source.name for source in mix.sources][:2] == ["commoncrawl", "c4"]
     assert mix.weights == pytest.approx([0.522, 0.267, 0.052, 0.046, 0.042, 0.038, 0.033])
     assert {source.dataset.documents for source in mix.sources} == {30}
+    assert {len(source.dataset.shards) for source in mix.sources} == {3}  # the flag, not what the recipe says of a part
     assert main(["--recipe", "tinystories", "--data", str(path), "--out", str(tmp_path / "one"), *flags]) == 0
     data = ShardDataset(tmp_path / "one")
     assert len(data.shards) == 3
