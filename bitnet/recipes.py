@@ -1,7 +1,7 @@
 """Recipes for known corpora: YAML files that name a source and say how its text is packed; see datasets/README.md.
 
     about: what the text is             licence: under which it is published       size: what its publisher says
-    source: [hub:OWNER/NAME ...]        sha256: of the packed text, or unknown, and how to find it
+    source: [hub:OWNER/NAME ...]        sha256: of the text that is read (see Survey), or unknown, and how to find it
     pack: {tokenizer: ..., vocab_size: ..., shards: ..., separator: ..., text_field: ..., val_fraction: ...}
     prepare: {dedup: ..., min_score: ..., ...}, the fields of Preparation and Filters
     parts: {NAME: {weight: ..., epochs: ..., shards: ..., where: {field: value}}}, each a pack of its own, with a
@@ -12,6 +12,7 @@ Nothing is fetched but by naming a recipe; with files of your own in the place o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,6 +67,8 @@ def read(path: Path) -> Recipe:
     _check(path, value.get("parts", {}), None)
     for part in value.get("parts", {}).values():
         _check(path, part, PART_FIELDS)
+    if not re.fullmatch(r"[0-9a-fA-F]{64}|unknown\b.*", value["sha256"], re.DOTALL):
+        raise ConfigError(f"the sha256 of {path} must be 64 hex digits or begin with unknown, not {value['sha256']!r}")
     inner = [value.get(name, {}) for name in ("pack", "prepare", "parts")]
     return Recipe(path, value["about"], value["licence"], tuple(source), value["sha256"], *inner)
 
@@ -91,13 +94,22 @@ def run(
     prepare_options: dict[str, Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Pack a recipe into folder `out`. data: files in the place of its source; options override the recipe's."""
+    """Pack a recipe into folder `out`. data: files in the place of its source; options override the recipe's.
+
+    Raises DataError, before a shard is written, for text with another sha256 than the recipe's. That is of the whole
+    text of its source, so a part with a source of its own is not compared, nor text cut off by max_bytes.
+    """
     log(f"recipe: {recipe.about} ({recipe.licence})")
     options = {**recipe.pack, **(pack_options or {})}
     prepare = {**recipe.prepare, **(prepare_options or {})}
     out = Path(out)
+    known = None if recipe.sha256.startswith("unknown") else recipe.sha256.lower()
+    if known is not None and options.get("max_bytes") is not None:
+        log(f"note: the sha256 of {recipe.path} is of the whole text: not compared")
+        known = None
     if not recipe.parts:
-        return pack(list(data) or list(recipe.source), out, preparation=preparation(prepare), **options, log=log)
+        options |= {"preparation": preparation(prepare), "sha256": known}
+        return pack(list(data) or list(recipe.source), out, **options, log=log)
     sources = [list(data) or part.get("source") or list(recipe.source) for part in recipe.parts.values()]
     wheres = [{**prepare.get("where", {}), **part.get("where", {})} for part in recipe.parts.values()]
     preparations = [preparation({**prepare, "where": where}) for where in wheres]
@@ -115,6 +127,7 @@ def run(
         shards = {"shards": part["shards"]} if "shards" in part and "shards" not in (pack_options or {}) else {}
         guard = None if held_out is None else held_out.guard(number)
         own = {**options, **shards, "preparation": preparations[number], "guard": guard}
+        own["sha256"] = None if "source" in part and not data else known
         pack(sources[number], out / name, **own, log=log)
         options["tokenizer"] = str(out / name)  # of the first part, for all
     _write_mixture(recipe, out)

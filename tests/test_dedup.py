@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import signal
@@ -385,6 +386,30 @@ def test_of_two_cut_parts_the_later_gives_way(tmp_path: Path) -> None:
     assert verdicts == [[""] * 20 + ["exact"] * 10, ["leak"] * 10 + [""] * 10]
     nothing = HeldOut([(Corpus([path]), prepare) for path in paths], 0.0)  # held out: nothing to give way to
     assert screen(Corpus([paths[1]]), prepare, 0.0, guard=nothing.guard(1)).codes is None
+
+
+@pytest.mark.parametrize("parts", [{}, {"one": {"weight": 1}}])
+def test_a_recipe_tells_its_text_from_another(tmp_path: Path, parts: dict[str, Any]) -> None:
+    texts = [f"{i} some words of text" for i in range(20)]
+    path = write(tmp_path / "x.jsonl", texts)
+    true = hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text.encode() for text in texts)).hexdigest()
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+
+    def run(sha256: str, **options: Any) -> None:
+        fields = {"about": "a", "licence": "b", "sha256": sha256, "source": [str(path)], "parts": parts}
+        file.write_text(json.dumps({**fields, "pack": {"tokenizer": "bytes"}}), encoding="utf-8")
+        recipes.run(recipes.find(str(file)), out, pack_options={"seq_len": 9, **options}, **QUIET)
+
+    other = "0" * 64
+    with pytest.raises(DataError, match=f"the text of x.jsonl has the sha256 {true}, not {other} as the recipe says"):
+        run(other)
+    assert not out.exists()
+    run(true.upper())
+    assert read_manifest(out / "one" if parts else out)["source"]["sha256"] == true
+    run("unknown (see the manifest)")
+    run(other, max_bytes=200)  # of a beginning of the text nothing can be said
+    with pytest.raises(ConfigError, match="must be 64 hex digits or begin with unknown, not '00'"):
+        run("00")
 
 
 def test_recipes_name_what_they_need() -> None:

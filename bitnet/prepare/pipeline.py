@@ -51,6 +51,7 @@ def pack(
     preparation: Preparation | None = None,
     workers: int = 1,
     guard: Guard | None = None,
+    sha256: str | None = None,
     log: Log = print,
 ) -> Path:
     """Tokenize text into shards in folder `out`, for ShardDataset; returns the folder.
@@ -59,7 +60,8 @@ def pack(
     training split must hold one window of it. val_fraction: see Split.choose; 0 makes no validation split. separator,
     text_field, max_bytes: see Corpus. shards: equal parts the corpus is cut into, each with training shards of its own,
     more where one would exceed shard_tokens. preparation: which documents to leave out. workers: processes; no byte
-    depends on them. guard: what other parts of a mixture hold out (see HeldOut).
+    depends on them. guard: what other parts of a mixture hold out (see HeldOut). sha256: what
+    that of the text (see Survey) has to be.
 
     A pack already there is kept if it was made from the same text and options, replaced if not; one that was killed
     in the making goes on with its first unfinished shard; a folder that holds other files is refused. Raises DataError,
@@ -91,6 +93,8 @@ def pack(
         log(f"{out} holds an unfinished pack: going on with it")
     survey = Survey(found.kept_documents, found.kept_bytes, found.survey.sha256)
     log(f"text: {name}: {found.survey.documents:,} documents, {found.survey.bytes / 1e6:.2f} MB" + _skips(corpus))
+    if sha256 not in (None, found.survey.sha256):
+        raise DataError(f"the text of {name} has the sha256 {found.survey.sha256}, not {sha256} as the recipe says")
     if found.dropped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.dropped.items())
         log(f"left out: {reasons}; kept {survey.documents:,} documents, {survey.bytes / 1e6:.2f} MB")
