@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet.config import BitNetConfig
+from bitnet.corpus import Corpus
 from bitnet.data import DataLoader, ShardDataset, eval_blocks
 from bitnet.data_cli import main, pack
 from bitnet.errors import ConfigError, DataError
@@ -386,6 +387,22 @@ def test_a_disk_that_refuses_is_one_sentence(
     monkeypatch.setattr("bitnet.data_cli.pack", stopped)
     assert main([*command, str(tmp_path / "pack")]) == 130
     assert "interrupted; the same command goes on with what is finished" in capsys.readouterr().err
+
+
+def test_a_pack_is_not_taken_for_text(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by itself, nor beside text, nor in a folder of it; another file of the manifest's name is text."""
+    book = corpus / "packs" / "book"
+    words = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--seq", "16"]
+    assert main(["--data", str(corpus / "a.txt"), *words[2:], "--out", str(book)]) == 0
+    capsys.readouterr()
+    for data in ([book], [corpus / "a.txt", book], [corpus]):
+        assert main(["--data", *map(str, data), *words]) == 2
+        message = (
+            f"error: {book} is a pack, not text: train on it as --data {book} alone, or mixed as --data {book}=WEIGHT"
+        )
+        assert capsys.readouterr().err == message + "\n"
+    (book / "manifest.json").write_text('{"name": "an extension"}', encoding="utf-8")
+    assert '{"name": "an extension"}' in list(Corpus([book]))
 
 
 def test_module_runs_as_a_program() -> None:

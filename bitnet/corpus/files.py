@@ -11,6 +11,7 @@ from bitnet.corpus.document import Document
 from bitnet.corpus.hub import PREFIX, HubSource
 from bitnet.corpus.readers import JSONL, PARQUET, NotTextError, read_records, read_separated, read_whole
 from bitnet.errors import ConfigError, DataError
+from bitnet.shard import MANIFEST, read_manifest
 
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .rst .tex .org .html .htm .xml .csv .tsv .json .yaml .yml .toml .ini .cfg .sql .sh .py .pyi .c .h "
@@ -34,7 +35,8 @@ class Corpus:
     the Hugging Face hub (see bitnet/corpus/hub.py). Folders are searched for names ending in `suffixes`, hidden ones
     left out. `max_bytes` stops before the first document that would exceed it. A file that is not UTF-8 text is an
     error when it was named, and lands in `skipped` when it was found in a folder (an error there too with `separator`,
-    since its first pieces are already out). Empty documents are passed over. Raises DataError naming file and line.
+    since its first pieces are already out). Empty documents are passed over. Raises DataError naming file and line,
+    and for a folder that is or holds a pack.
     """
 
     def __init__(
@@ -124,8 +126,20 @@ def documents(paths: Iterable[str | Path], separator: str | None = None) -> Iter
 
 def _walk(root: Path, suffixes: frozenset[str], skip_folders: frozenset[str]) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
+        if MANIFEST in names and _is_pack(folder):
+            raise DataError(
+                f"{folder} is a pack, not text: train on it as --data {folder} alone, "
+                f"or mixed as --data {folder}=WEIGHT"
+            )
         subfolders[:] = sorted(name for name in subfolders if name not in skip_folders and not name.startswith("."))
         for name in sorted(names):
             ends = Path(name.lower()).suffixes
             if not name.startswith(".") and suffixes & {"".join(ends[-1:]), "".join(ends[-2:])}:
                 yield Path(folder, name)
+
+
+def _is_pack(folder: str) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except DataError:
+        return False  # a file of that name, of something else
