@@ -198,6 +198,24 @@ def test_records_of_every_kind_are_the_same_documents(tmp_path: Path) -> None:
             list(Corpus([tmp_path / name]))
 
 
+def test_a_reading_tells_how_far_it_is(tmp_path: Path) -> None:
+    texts = [f"text {i} " * 50 for i in range(40)]
+    put(tmp_path, {"a.txt": b"a" * 5000, "b.jsonl": lines(*texts), "c.jsonl.gz": gzip.compress(lines(*texts))})
+    corpus = Corpus([tmp_path])
+    sizes = [path.stat().st_size for path in corpus.files]
+    assert corpus.size() == sum(sizes)
+    for _ in range(2):
+        found = [corpus.position for _ in corpus]
+        assert found == sorted(found)
+        assert found[0] == 5000  # all of a document's text has gone by
+        assert found[40] == 5000 + sum(map(len, texts)) < found[41] == 5000 + sizes[1] + min(len(texts[0]), sizes[2])
+        assert (
+            found[-1] == corpus.position == sum(sizes)
+        )  # compressed: more text than bytes, and no more than there are
+    assert Corpus([tmp_path], max_bytes=9).size() is None
+    assert Corpus(["hub:owner/name", tmp_path]).size() is None
+
+
 def test_damaged_zstd_and_parquet(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     whole = zstandard.compress(lines(*map(str, range(100))))

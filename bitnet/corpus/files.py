@@ -68,11 +68,18 @@ class Corpus:
             else:
                 raise DataError(f"there is no file or folder {path}")
         self.skipped: set[Path] = set()
+        self.position = 0  # bytes of files that the last reading has gone through, at most; within one, by its text
 
     @property
     def files(self) -> list[Path]:
         """The files that are read, in order."""
         return [source.path for source in self._sources if isinstance(source, _File)]
+
+    def size(self) -> int | None:
+        """Bytes of the files: where `position` ends. None where that is not known: with the hub, or max_bytes."""
+        if self._max_bytes is not None or len(self.files) < len(self._sources):
+            return None
+        return sum(path.stat().st_size for path in self.files)
 
     def stamp(self) -> list[list[str | int]]:
         """What tells cheaply whether the same text would be read again: sizes and times of files, names of others."""
@@ -91,14 +98,19 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         """The texts with their source, and those of `fields` that their records have."""
-        taken = 0
+        taken = begin = self.position = 0
         for source in self._sources:
+            size, own = source.path.stat().st_size if isinstance(source, _File) else 0, 0
             for document in self._read(source):
                 if self._max_bytes is not None:
                     taken += len(document.text.encode())
                     if taken > self._max_bytes:
                         return
+                own += len(document.text)
+                self.position = begin + min(own, size)  # compressed, a file has more text than bytes
                 yield document
+            begin += size
+            self.position = begin
 
     def _read(self, source: _File | HubSource) -> Iterator[Document]:
         if isinstance(source, HubSource):

@@ -18,7 +18,7 @@ from typing import Any
 from bitnet.corpus import Corpus, Document, Split, Survey
 from bitnet.prepare.exact import digest
 from bitnet.prepare.near import Signatures, signature
-from bitnet.prepare.progress import Progress
+from bitnet.prepare.progress import reading
 from bitnet.prepare.screening import DEFAULT_HELD_OUT, Guard, Preparation
 from bitnet.prepare.workers import batches, ordered_map
 
@@ -79,10 +79,10 @@ class HeldOut:
         """Hash, MinHash (of held-out ones) and sides of the documents of a part that pass its filters."""
         corpus, preparation = self._parts[number]
         sized = ((document, len(document.text)) for document in corpus.documents())
-        with Progress("reading what is held out", None) as bar:
+        with reading("reading what is held out", corpus) as went_by:
             for batch in ordered_map(_Judge(preparation, split), batches(sized), self._workers):
                 for size, judged in batch:
-                    bar.add(size)
+                    went_by(size)
                     if judged is not None:
                         yield judged
 

@@ -2,7 +2,7 @@
 
 The Jaccard similarity of two texts is the share of stretches they have in common among all that either has. MinHash
 estimates it from 128 numbers a text, with a standard error of at most 0.045. The index is datasketch's, held in memory:
-some two kilobytes a document, so millions on one machine; datasets/README.md says what to run for more.
+some twelve kilobytes a document, so millions on one machine; datasets/README.md says what to run for more.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from bitnet.corpus import Corpus, Counter, Split, Survey, stdlib, stdlib_name
 from bitnet.data import ShardDataset
 from bitnet.errors import BitnetError, ConfigError, DataError
 from bitnet.prepare.folder import SPLITS, finish, is_whole, key_of, pack_in, remove, sweep
-from bitnet.prepare.progress import Progress
+from bitnet.prepare.progress import Progress, reading
 from bitnet.prepare.screening import Guard, Preparation, Screening, screen
 from bitnet.prepare.shards import Series
 from bitnet.prepare.unfinished import Unfinished
@@ -87,8 +87,8 @@ def pack(
     stamp = key_of(corpus.stamp(), options)
     found = unfinished.screening(stamp)
     if found is None:
-        with Progress("reading", None) as bar:
-            found = screen(corpus, prepare, val_fraction, workers, bar.add, guard)
+        with reading("reading", corpus) as went_by:
+            found = screen(corpus, prepare, val_fraction, workers, went_by, guard)
     else:
         log(f"{out} holds an unfinished pack: going on with it")
     survey = Survey(found.kept_documents, found.kept_bytes, found.survey.sha256)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+from bitnet.corpus import Corpus
 
 
 class Progress:
@@ -39,3 +43,18 @@ class Progress:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._bar.close()
+
+
+@contextmanager
+def reading(what: str, corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    """A bar for one reading, to be called with the bytes of each document.
+
+    It counts bytes of files, with the time that is left, where their sizes are known, and bytes of text elsewhere.
+    """
+    total = corpus.size()
+    with Progress(what, total) as bar:
+
+        def went_by(size: int) -> None:
+            bar.add(size if total is None else max(0, corpus.position - bar.bytes))
+
+        yield went_by
