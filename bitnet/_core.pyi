@@ -79,6 +79,9 @@ class Tensor:
     @overload
     def reshape(self, shape: Sequence[int], /) -> Tensor: ...
     def to(self, dtype: str, /) -> Tensor: ...
+    def _repr_html_(self) -> str:
+        """Shape, values and their distribution, for a notebook cell."""
+
     def __add__(self, other: Tensor, /) -> Tensor:
         """Equal shapes, or one of the two a row added to every row of the other."""
 

@@ -1,4 +1,4 @@
-"""How modules and their codes show themselves in a notebook cell: tables of HTML, with no style but their own.
+"""How modules, codes and tensors show themselves in a notebook cell: HTML with no style but its own.
 
 A bar is three spans in the colours of the codes, -1, 0, +1; where styles are not shown, the numbers beside it remain.
 """
@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from bitnet._core import Tensor
     from bitnet.nn import Module, TernaryStats
 
 COLOURS = ("#2a6fbb", "#c9ccd1", "#d9822b")
 BAR = 96  # pixels
+BINS, TALL = 48, 40  # of a histogram: columns, and pixels
+MOST = 1 << 20  # values that are looked at
+READABLE = ("f32", "bf16", "i8", "i32", "ternary2")  # dtypes whose values can be read
 
 
 def module_html(module: Module) -> str:
@@ -58,6 +65,48 @@ def stats_bar(stats: TernaryStats, words: bool = True) -> str:
     )
     text = " ".join(f"{share:.1%}" for share in shares) if words else ""
     return f'<span style="white-space:nowrap">{spans}</span> {text}'
+
+
+def tensor_html(tensor: Tensor) -> str:
+    """Shape and dtype, range, mean and deviation, a histogram, and the values themselves, shortened.
+
+    Of more than a million values every n-th is looked at, which is said.
+    """
+    shape = " × ".join(map(str, tensor.shape)) or "scalar"
+    about = f"<b>Tensor {shape}</b>, {tensor.dtype}" + ", requires grad" * tensor.requires_grad
+    if tensor.dtype not in READABLE or tensor.size == 0:
+        return f"<div>{about}</div>"
+    array = tensor.detach().to("f32").numpy()
+    step = -(-tensor.size // MOST)
+    values = array.reshape(-1)[::step].astype(np.float64)
+    finite = values[np.isfinite(values)]
+    facts = [f"one value in {step}" if step > 1 else ""]
+    if len(finite):
+        facts += [
+            f"{finite.min():.4g} to {finite.max():.4g}",
+            f"mean {finite.mean():.4g}, deviation {finite.std():.4g}",
+        ]
+    facts += [
+        f"{(values == 0).mean():.1%} zeros",
+        f"{len(values) - len(finite)} not finite" * (len(finite) < len(values)),
+    ]
+    about += "; " + "; ".join(filter(None, facts))
+    shown = escape(np.array2string(array, precision=4, threshold=40, edgeitems=3))
+    return f'<div>{about}{_histogram(finite)}<pre style="margin:4px 0">{shown}</pre></div>'
+
+
+def _histogram(values: npt.NDArray[Any]) -> str:
+    """Columns of how often values occur between the least and the greatest, as one SVG path."""
+    if len(values) < 2 or values.min() == values.max():
+        return ""
+    counts, _ = np.histogram(values, BINS)
+    wide = 2 * BAR / BINS
+    heights = TALL * counts / counts.max()
+    path = "".join(f"M{wide * i:.1f} {TALL}v{-tall:.1f}h{wide:.1f}V{TALL}z" for i, tall in enumerate(heights) if tall)
+    size = f'width="{2 * BAR}" height="{TALL}" viewBox="0 0 {2 * BAR} {TALL}"'
+    return (
+        f'<div><svg {size} role="img" aria-label="histogram"><path d="{path}" fill="{COLOURS[0]}"></path></svg></div>'
+    )
 
 
 def _rows(module: Module) -> Iterator[tuple[str, str, str, int, str, str]]:

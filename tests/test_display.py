@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
+import numpy as np
+import pytest
+
 import bitnet
-from bitnet import nn
+from bitnet import nn, ops
 
 
 class Cells(HTMLParser):
@@ -75,3 +79,45 @@ def test_statistics_show_shares_and_entropy() -> None:
         ["changed last", "10", "1.00%"],
     ]
     assert "no codes" in nn.TernaryStats(0, 0, 0, 0)._repr_html_()
+
+
+def test_a_tensor_shows_its_values_and_how_often_they_occur() -> None:
+    values = np.repeat(np.float32([-1.5, 0.0, 0.0, 2.5]), 50).reshape(10, 20)
+    tensor = bitnet.Tensor(values, requires_grad=True)
+    text = tensor._repr_html_()
+    Cells(text)
+    assert "<b>Tensor 10 × 20</b>, f32, requires grad; -1.5 to 2.5; mean 0.25, deviation 1.436; 50.0% zeros<" in text
+    heights = [float(tall) for tall in re.findall(r"v-([0-9.]+)h", text)]
+    assert heights == [20.0, 40.0, 20.0], "a column for each of three values, half as many of two"
+    assert tensor.grad is None
+    assert "[[-1.5 -1.5 -1.5" in text
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i8", "i32", "ternary2"])
+def test_every_dtype_shows_itself(dtype: str) -> None:
+    codes = np.arange(-1, 2, dtype=np.int8).repeat(4).reshape(3, 4)
+    if dtype == "ternary2":
+        tensor = bitnet._core.pack_ternary(bitnet.Tensor(codes, "i8"))
+    elif dtype == "bf16":
+        tensor = bitnet.Tensor(codes, "f32").to("bf16")
+    else:
+        tensor = bitnet.Tensor(codes, dtype)
+    text = tensor._repr_html_()
+    Cells(text)
+    assert f"<b>Tensor 3 × 4</b>, {dtype}; -1 to 1; mean 0, deviation 0.8165; 33.3% zeros<" in text
+
+
+def test_tensors_with_little_to_show() -> None:
+    for tensor, said in (
+        (ops.tensor(np.float32(7)), "<b>Tensor scalar</b>, f32; 7 to 7; mean 7, deviation 0; 0.0% zeros<"),
+        (ops.tensor(np.zeros((0, 3), np.float32)), "<div><b>Tensor 0 × 3</b>, f32</div>"),
+        (ops.tensor(np.float32([np.nan, np.inf, 1, 1])), "f32; 1 to 1; mean 1, deviation 0; 0.0% zeros; 2 not finite<"),
+        (ops.tensor(np.float32([np.nan])), "f32; 0.0% zeros; 1 not finite<"),
+        (bitnet._core.prepare_ternary(bitnet.Tensor(np.ones((4, 4), np.int8), "i8"), 0.5), "prepared</div>"),
+    ):
+        text = tensor._repr_html_()
+        Cells(text)
+        assert said in text
+        assert "<svg" not in text
+    large = ops.tensor(np.arange(3 << 20, dtype=np.float32))
+    assert "one value in 3; 0 to 3.146e+06" in large._repr_html_()

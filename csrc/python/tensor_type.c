@@ -481,6 +481,15 @@ static PyObject *tensor_repr(PyObject *self) {
     return text;
 }
 
+/* In a notebook cell: what bitnet/display.py makes of it. */
+static PyObject *tensor_html(PyObject *self, PyObject *unused) {
+    (void)unused;
+    PyObject *display = PyImport_ImportModule("bitnet.display");
+    PyObject *html = display == NULL ? NULL : PyObject_CallMethod(display, "tensor_html", "O", self);
+    Py_XDECREF(display);
+    return html;
+}
+
 /* ---- the type ----------------------------------------------------------------------------------------------- */
 
 #define WITH_KEYWORDS(fn) (PyCFunction)(void (*)(void))(fn)
@@ -499,6 +508,7 @@ static PyMethodDef methods[] = {
     {"transpose", tensor_transpose, METH_NOARGS, "Swaps the last two dimensions (a copy)."},
     {"reshape", tensor_reshape, METH_VARARGS, "Another shape over the same memory; one size may be -1."},
     {"to", tensor_to, METH_O, "The same values in another dtype (the tensor itself if it has it)."},
+    {"_repr_html_", tensor_html, METH_NOARGS, "Shape, values and their distribution, for a notebook cell."},
     {"__dlpack__", WITH_KEYWORDS(bn_dlpack_export), METH_VARARGS | METH_KEYWORDS, "The DLPack capsule of this memory."},
     {"__dlpack_device__", bn_dlpack_device, METH_NOARGS, "(device type, device number) of DLPack."},
     {NULL, NULL, 0, NULL},
