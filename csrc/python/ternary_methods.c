@@ -34,33 +34,28 @@ static PyObject *ternary_stats(PyObject *module, PyObject *object) {
                          s.scale);
 }
 
-static PyObject *ternary_codes(PyObject *module, PyObject *object) {
+/* The tensor that `read` makes of a weight. */
+static PyObject *read_of_weight(PyObject *module, PyObject *object, bn_status (*read)(bn_tensor *, bn_tensor **)) {
     bn_tensor *t = ternary_argument(module, object), *copy;
     if (t == NULL) {
         return NULL;
     }
     bn_status status;
-    BN_WITHOUT_GIL(status, bn_ternary_codes(t, &copy));
+    BN_WITHOUT_GIL(status, read(t, &copy));
     return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
 }
 
+static PyObject *ternary_codes(PyObject *module, PyObject *object) {
+    return read_of_weight(module, object, bn_ternary_codes);
+}
+
 static PyObject *ternary_scales(PyObject *module, PyObject *object) {
-    bn_tensor *t = ternary_argument(module, object), *copy;
-    if (t == NULL) {
-        return NULL;
-    }
-    bn_status status;
-    BN_WITHOUT_GIL(status, bn_ternary_scales(t, &copy));
-    return status == BN_OK ? bn_wrap(bn_state(module), copy) : bn_raise(bn_state(module), status);
+    return read_of_weight(module, object, bn_ternary_scales);
 }
 
 static PyObject *scale_channels(PyObject *module, PyObject *object) {
     bn_tensor *t = ternary_argument(module, object);
-    if (t == NULL) {
-        return NULL;
-    }
-    const bn_status status = bn_ternary_scale_channels(t);
-    return status == BN_OK ? Py_NewRef(Py_None) : bn_raise(bn_state(module), status);
+    return t == NULL ? NULL : bn_none_or_raise(module, bn_ternary_scale_channels(t));
 }
 
 static PyObject *has_channel_scales(PyObject *module, PyObject *object) {
