@@ -6,8 +6,9 @@ Between the records of steps stand the events of bitnet/stability.py, which have
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def read_events(path: str | Path) -> list[Record]:
 def read_lines(path: str | Path) -> list[Record]:
     """All whole lines of a file of records."""
     return [record for record, _ in _parsed(path)]
+
+
+def in_both(
+    own: Iterable[tuple[int, float | None]], other: Iterable[tuple[int, float | None]]
+) -> list[tuple[int, float, float]]:
+    """(place in own, its loss, the other's) for each step at which both have one; of (step, loss, None or NaN)."""
+    theirs = dict(other)
+    found = []
+    for place, (step, loss) in enumerate(own):
+        its = theirs.get(step)
+        if loss is not None and its is not None and math.isfinite(loss - its):
+            found.append((place, loss, its))
+    return found
 
 
 def to_line(record: Record) -> str:

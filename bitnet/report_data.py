@@ -22,7 +22,7 @@ from bitnet.errors import ConfigError
 from bitnet.formats.hf_config import CONFIG
 from bitnet.machine import FILE as MACHINES
 from bitnet.machine import one_line
-from bitnet.metrics import Record, read_lines
+from bitnet.metrics import Record, in_both, read_lines
 from bitnet.shard import MANIFEST
 
 Array = np.ndarray[Any, Any]
@@ -189,14 +189,9 @@ def twin_of(run: Run, runs: list[Run]) -> Run | None:
 
 def gaps(run: Run, twin: Run) -> tuple[Array, Array]:
     """(places in the run's curves, validation loss minus the twin's in nats), at steps where both were evaluated."""
-    theirs = dict(zip(twin.curves["step"].tolist(), twin.curve("val_loss").tolist(), strict=True))
-    places, values = [], []
-    for place, (step, loss) in enumerate(zip(run.curves["step"].tolist(), run.curve("val_loss").tolist(), strict=True)):
-        difference = loss - theirs.get(step, math.nan)
-        if math.isfinite(difference):
-            places.append(place)
-            values.append(difference)
-    return np.array(places, int), np.array(values)
+    own, theirs = (zip(one.curves["step"].tolist(), one.curve("val_loss").tolist(), strict=True) for one in (run, twin))
+    found = in_both(own, theirs)
+    return np.array([place for place, _, _ in found], int), np.array([loss - its for _, loss, its in found])
 
 
 def differing(runs: list[Run]) -> list[str]:

@@ -29,7 +29,7 @@ from bitnet.data import DataLoader, ShardDataset
 from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
-from bitnet.metrics import Record, read_metrics
+from bitnet.metrics import Record, in_both, read_metrics
 from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import from_pretrained, located
@@ -464,15 +464,15 @@ def _conclude(trainer: Trainer, before: int) -> None:
 def _gap(history: Sequence[Record], other: str) -> str:
     """How far the validation loss of a run lies above another's, at the last step where both were evaluated."""
     try:
-        theirs = {record["step"]: record["val_loss"] for record in read_metrics(Path(other) / "metrics.jsonl")}
+        theirs = read_metrics(Path(other) / "metrics.jsonl")
     except OSError as error:
         return f"no gap to {other}: {error.strerror}"
-    for record in reversed(history):
-        own, step = record["val_loss"], record["step"]
-        its = theirs.get(step)
-        if own is not None and its is not None:
-            return f"validation loss {own:.4f}, {its:.4f} of {other}: gap {own - its:+.4f} nats at step {step}"
-    return f"no gap to {other}: there is no step at which both runs were evaluated"
+    found = in_both(*([(record["step"], record["val_loss"]) for record in one] for one in (history, theirs)))
+    if not found:
+        return f"no gap to {other}: there is no step at which both runs were evaluated"
+    place, own, its = found[-1]
+    step = history[place]["step"]
+    return f"validation loss {own:.4f}, {its:.4f} of {other}: gap {own - its:+.4f} nats at step {step}"
 
 
 def _quoted(text: str) -> str:
