@@ -22,7 +22,7 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOMS = ["base", "quant", "kernels", "tensor", "cpu", "ops", "formats", "python"]
+ROOMS = ["base", "quant", "kernels", "tensor", "cpu", "meta", "ops", "formats", "python"]
 SOURCES = sorted(str(path) for room in ROOMS for path in Path("csrc", room).glob("*.c"))
 HEADERS = sorted(str(path) for suffix in ("h", "inc", "def") for path in Path("csrc").rglob(f"*.{suffix}"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))

@@ -1,7 +1,8 @@
 """The C core: tensors, tapes, ops and kernels (csrc/python). Use the names of the package `bitnet` instead.
 
 B batch, T time, S positions of a cache, C channels, H query heads, KV key/value heads, D head dimension, V vocabulary.
-dtype is one of "f32", "bf16", "i8", "i32", "ternary2", and "q8" for results of an op; device is "cpu" or "cuda".
+dtype is one of "f32", "bf16", "i8", "i32", "ternary2", and "q8" for results of an op; device is "cpu",
+"cuda", or "meta" for sizes without values.
 """
 
 import sys
@@ -199,8 +200,8 @@ def row_losses(loss: Tensor, /) -> Tensor:
 
 # ---- making tensors ----
 
-def empty(shape: Sequence[int], dtype: str = "f32", device: str = "cpu") -> Tensor:
-    """A tensor of zeros."""
+def empty(shape: Sequence[int], dtype: str = "f32", device: str | None = None) -> Tensor:
+    """A tensor of zeros, on this thread's device by default."""
 
 def fill_normal(tensor: Tensor, seed: int, stream: int, a: float, b: float) -> None:
     """Fills an f32 leaf: mean a, deviation b; element i is a function of (seed, stream, i)."""
@@ -370,9 +371,20 @@ def time_product(
 def cache_copy(cache: Tensor, source: int, destination: int, length: int, /) -> None:
     """The first `length` positions of a slot of a cache, or of its scales, to another slot; on no tape."""
 
+# ---- devices ----
+
+def get_device() -> str:
+    """The device on which this thread makes tensors."""
+
+def set_device(name: str | None, /) -> None:
+    """Chooses it; bitnet.ops.device does so for a while. ValueError for an unknown one."""
+
 def has_cuda() -> bool: ...
-def memory_stats() -> dict[str, int]:
+def memory_stats(device: str | None = None, /) -> dict[str, int]:
     """Bytes in_use, cached for reuse, high_water (most in use), and system_calls (blocks taken from the system)."""
 
-def memory_trim() -> None:
+def memory_trim(device: str | None = None, /) -> None:
     """Gives cached memory back to the system."""
+
+def memory_restart_peak(device: str | None = None, /) -> None:
+    """From now on, high_water is the most in use from now on."""

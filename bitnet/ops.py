@@ -51,6 +51,22 @@ def precision(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def device(name: str) -> Iterator[None]:
+    """Inside, this thread makes tensors on another device: models, optimizers and whatever else is made of them.
+
+    "meta" is the one of sizes without values: memory is counted and none is taken, and no arithmetic is done, so that a
+    model of any size can be tried in milliseconds (bitnet.plan). What is read back from it is NaN, or -1.
+    RuntimeError for "cuda" in a build without it.
+    """
+    before = _core.get_device()
+    _core.set_device(name)
+    try:
+        yield
+    finally:
+        _core.set_device(before)
+
+
+@contextmanager
 def segment() -> Iterator[None]:
     """Activation checkpointing: what is computed inside is not kept for backward(), but computed again when it is due.
 
@@ -75,8 +91,8 @@ def tensor(data: ArrayLike | Tensor, dtype: str | None = None, requires_grad: bo
     return Tensor(data, dtype, requires_grad)
 
 
-def zeros(shape: Sequence[int], dtype: str = "f32", device: str = "cpu") -> Tensor:
-    """A tensor of zeros."""
+def zeros(shape: Sequence[int], dtype: str = "f32", device: str | None = None) -> Tensor:
+    """A tensor of zeros; device: "cpu", "cuda", "meta", by default where this thread makes tensors."""
     return _core.empty(shape, dtype, device)
 
 

@@ -32,7 +32,22 @@ static size_t class_bytes(int size_class) {
     return size_class < 8 ? BN_ALIGN * steps : BN_ALIGN * (8 + steps) << (size_class / 8 - 1);
 }
 
-static void *take_from_system(size_t bytes) {
+/* No process has pages here: x86-64 gives it 47 bits of addresses, 56 where it asks for them, ARM 48, 52 likewise. */
+#define NOWHERE ((uintptr_t)1 << 53)
+
+static void *new_address(bn_arena *arena, size_t bytes) {
+    if (bytes >= NOWHERE - arena->used) {
+        return NULL;
+    }
+    const uintptr_t address = NOWHERE + arena->used;
+    arena->used += bytes;
+    return (void *)address;
+}
+
+static void *take_from_system(bn_arena *arena, size_t bytes) {
+    if (arena->is_virtual) {
+        return new_address(arena, bytes);
+    }
     void *memory;
     if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : BN_ALIGN, bytes) != 0) {
         return NULL;
@@ -45,7 +60,32 @@ static void *take_from_system(size_t bytes) {
     return memory;
 }
 
-/* Wants the lock. */
+/* A cached block of a class, or NULL. This and the next two want the lock. */
+static void *take_cached(bn_arena *arena, int c) {
+    if (arena->is_virtual) {
+        if (arena->cached_count[c] == 0) {
+            return NULL;
+        }
+        arena->cached_count[c]--;
+        return new_address(arena, class_bytes(c));
+    }
+    bn_arena_block *block = arena->cached[c];
+    if (block) {
+        arena->cached[c] = block->next;
+    }
+    return block;
+}
+
+static void keep(bn_arena *arena, int c, void *memory) {
+    if (arena->is_virtual) {
+        arena->cached_count[c]++;
+        return;
+    }
+    bn_arena_block *block = memory;
+    block->next = arena->cached[c];
+    arena->cached[c] = block;
+}
+
 static void trim(bn_arena *arena) {
     for (int c = 0; c < BN_ARENA_CLASSES; c++) {
         for (bn_arena_block *block = arena->cached[c], *next; block; block = next) {
@@ -53,6 +93,7 @@ static void trim(bn_arena *arena) {
             free(block);
         }
         arena->cached[c] = NULL;
+        arena->cached_count[c] = 0;
     }
     arena->stats.cached = 0;
 }
@@ -65,15 +106,14 @@ bn_status bn_arena_allocate(bn_arena *arena, size_t bytes, void **out) {
     const size_t block_bytes = class_bytes(c);
     bn_arena_stats *stats = &arena->stats;
     pthread_mutex_lock(&arena->lock);
-    void *memory = arena->cached[c];
+    void *memory = take_cached(arena, c);
     if (memory) {
-        arena->cached[c] = arena->cached[c]->next;
         stats->cached -= block_bytes;
     } else {
-        memory = take_from_system(block_bytes);
+        memory = take_from_system(arena, block_bytes);
         if (!memory && stats->cached > 0) {
             trim(arena);
-            memory = take_from_system(block_bytes);
+            memory = take_from_system(arena, block_bytes);
         }
         stats->system_calls += memory != NULL;
     }
@@ -93,10 +133,8 @@ void bn_arena_release(bn_arena *arena, void *memory, size_t bytes) {
         return;
     }
     const int c = class_of(bytes);
-    bn_arena_block *block = memory;
     pthread_mutex_lock(&arena->lock);
-    block->next = arena->cached[c];
-    arena->cached[c] = block;
+    keep(arena, c, memory);
     arena->stats.in_use -= class_bytes(c);
     arena->stats.cached += class_bytes(c);
     pthread_mutex_unlock(&arena->lock);
@@ -113,4 +151,10 @@ bn_arena_stats bn_arena_get_stats(bn_arena *arena) {
     bn_arena_stats stats = arena->stats;
     pthread_mutex_unlock(&arena->lock);
     return stats;
+}
+
+void bn_arena_restart_peak(bn_arena *arena) {
+    pthread_mutex_lock(&arena->lock);
+    arena->stats.high_water = arena->stats.in_use;
+    pthread_mutex_unlock(&arena->lock);
 }

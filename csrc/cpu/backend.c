@@ -150,8 +150,9 @@ static bn_status cpu_synchronize(void) { return BN_OK; }
 static bn_status cpu_allocate(size_t bytes, void **out) { return bn_arena_allocate(&arena, bytes, out); }
 static void cpu_release(void *memory, size_t bytes) { bn_arena_release(&arena, memory, bytes); }
 
-void bn_cpu_memory_stats(bn_arena_stats *out) { *out = bn_arena_get_stats(&arena); }
-void bn_cpu_memory_trim(void) { bn_arena_trim(&arena); }
+static bn_arena_stats cpu_memory_stats(void) { return bn_arena_get_stats(&arena); }
+static void cpu_memory_trim(void) { bn_arena_trim(&arena); }
+static void cpu_restart_peak(void) { bn_arena_restart_peak(&arena); }
 
 /* One thread cannot fill the memory bus: long copies go to all of them in pieces of this size. */
 #define MOVE_BYTES ((size_t)256 << 10)
@@ -185,6 +186,7 @@ static bn_status cpu_zero(void *memory, size_t bytes) { return cpu_copy(memory, 
 const bn_backend *bn_cpu_backend(void) {
     static const bn_backend backend = {
         .name = "cpu",
+        .has_values = true,
         .allocate = cpu_allocate,
         .release = cpu_release,
         .zero = cpu_zero,
@@ -194,6 +196,9 @@ const bn_backend *bn_cpu_backend(void) {
         .run = cpu_run,
         .synchronize = cpu_synchronize,
         .parallelism = bn_get_threads,
+        .memory_stats = cpu_memory_stats,
+        .memory_trim = cpu_memory_trim,
+        .restart_peak = cpu_restart_peak,
     };
     return &backend;
 }

@@ -1,10 +1,9 @@
 /*
- * cpu.h: what the CPU backend offers beyond backend.h: its instruction sets and its memory.
+ * cpu.h: what the CPU backend offers beyond backend.h: its instruction sets.
  */
 #ifndef BN_CPU_CPU_H
 #define BN_CPU_CPU_H
 
-#include "base/arena.h"
 #include "kernels/backend.h"
 
 /* The instruction sets this CPU can run, weakest first; the last is chosen at first use. Names are borrowed. */
@@ -15,8 +14,5 @@ const bn_kernel_table *bn_cpu_isa_own_kernels(int index);
 const char *bn_cpu_current_isa(void);
 /* From the next launch on. BN_ERR_VALUE for a set that is unknown or absent here. */
 BN_CHECKED bn_status bn_cpu_use_isa(const char *name);
-
-void bn_cpu_memory_stats(bn_arena_stats *out);
-void bn_cpu_memory_trim(void);
 
 #endif

@@ -5,13 +5,15 @@
 #ifndef BN_KERNELS_BACKEND_H
 #define BN_KERNELS_BACKEND_H
 
+#include "base/arena.h"
 #include "base/error.h"
 #include "kernels/kernels.h"
 
 BN_EXTERN_C_BEGIN
 
 typedef struct bn_backend {
-    const char *name; /* "cpu", "cuda" */
+    const char *name; /* "cpu", "cuda", "meta" */
+    bool has_values;  /* false: memory and launches are counted alone, and values need not be made */
     /* 64-byte aligned, contents undefined. Freed memory is kept for reuse: the same sequence of calls takes no
      * memory from the system the second time. */
     bn_status (*allocate)(size_t bytes, void **out);
@@ -25,9 +27,15 @@ typedef struct bn_backend {
     bn_status (*synchronize)(void);
     /* Workers that a launch can keep busy; ops size tiles by it. It never changes a result. */
     int (*parallelism)(void);
+    /* Memory that allocate and release keep: how much there is; what is cached goes back to the system; the peak
+     * (high_water) begins anew. */
+    bn_arena_stats (*memory_stats)(void);
+    void (*memory_trim)(void);
+    void (*restart_peak)(void);
 } bn_backend;
 
 const bn_backend *bn_cpu_backend(void);
+const bn_backend *bn_meta_backend(void);
 /* NULL in a build without CUDA. */
 const bn_backend *bn_cuda_backend(void);
 

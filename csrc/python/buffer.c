@@ -20,6 +20,10 @@ int bn_tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
         PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; convert to f32", bn_dtype_name(t->dtype));
         return -1;
     }
+    if (bn_backend_of(t) != bn_cpu_backend()) {
+        PyErr_Format(PyExc_BufferError, "this tensor lies on %s; numpy() copies it", bn_backend_of(t)->name);
+        return -1;
+    }
     const bool writable = bn_is_leaf(t) && !t->storage->is_read_only;
     if (!writable && (flags & PyBUF_WRITABLE) == PyBUF_WRITABLE) {
         PyErr_SetString(PyExc_BufferError, bn_is_leaf(t) ? "this tensor lies in read-only memory; copy it"

@@ -55,17 +55,3 @@ int bn_parse_dtype(PyObject *name) {
     }
     return -1;
 }
-
-const bn_backend *bn_parse_device(const char *name) {
-    if (strcmp(name, "cpu") == 0) {
-        return bn_cpu_backend();
-    }
-    if (strcmp(name, "cuda") == 0) {
-        if (bn_cuda_backend() == NULL) {
-            PyErr_SetString(PyExc_RuntimeError, "this build has no CUDA: it was compiled without nvcc");
-        }
-        return bn_cuda_backend();
-    }
-    PyErr_Format(PyExc_ValueError, "unknown device '%s'; one of 'cpu', 'cuda'", name);
-    return NULL;
-}

@@ -11,10 +11,9 @@
 
 static PyObject *empty(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"shape", "dtype", "device", NULL};
-    PyObject *sequence, *dtype_name = NULL;
-    const char *device = "cpu";
+    PyObject *sequence, *dtype_name = NULL, *device = NULL;
     int64_t shape[BN_MAX_DIMS];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Os:empty", names, &sequence, &dtype_name, &device)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:empty", names, &sequence, &dtype_name, &device)) {
         return NULL;
     }
     const int ndim = bn_parse_shape(sequence, shape);
@@ -35,7 +34,8 @@ static PyObject *empty(PyObject *module, PyObject *args, PyObject *kwargs) {
 }
 
 static bn_status refuse_unfit(const bn_tensor *t) {
-    if (t->dtype != BN_F32 || !bn_is_leaf(t) || bn_backend_of(t) != bn_cpu_backend()) {
+    const bn_backend *backend = bn_backend_of(t);
+    if (t->dtype != BN_F32 || !bn_is_leaf(t) || (backend->has_values && backend != bn_cpu_backend())) {
         return bn_fail(BN_ERR_DTYPE, "random values go into f32 leaves on the CPU");
     }
     return bn_require_writable("random values", t);
@@ -57,6 +57,8 @@ static PyObject *fill_random(PyObject *module, PyObject *args, PyObject *kwargs,
     bn_status status = refuse_unfit(t);
     if (status == BN_OK) {
         bn_storage_touch(t->storage);
+    }
+    if (status == BN_OK && bn_backend_of(t)->has_values) {
         BN_WITHOUT_GIL(status, fill(bn_f32(t), t->count, seed, stream, a, b));
     }
     return bn_none_or_raise(module, status);
@@ -68,6 +70,19 @@ static PyObject *fill_normal(PyObject *module, PyObject *args, PyObject *kwargs)
 
 static PyObject *fill_uniform(PyObject *module, PyObject *args, PyObject *kwargs) {
     return fill_random(module, args, kwargs, "OKKff:fill_uniform", bn_rng_fill_uniform);
+}
+
+/* A copy on the device takes the place of a tensor that lies elsewhere. */
+static bn_status move_to(const bn_backend *device, bn_tensor **tensor) {
+    if (bn_backend_of(*tensor) == device) {
+        return BN_OK;
+    }
+    bn_tensor *there;
+    BN_TRY(bn_tensor_new(device, (*tensor)->dtype, (*tensor)->ndim, (*tensor)->shape, &there));
+    bn_status status = bn_tensor_copy(there, *tensor);
+    bn_tensor_release(status == BN_OK ? *tensor : there);
+    *tensor = status == BN_OK ? there : *tensor;
+    return status;
 }
 
 /* Frequencies and angles are rounded to f32 where published implementations round them: theta^(-2j/D), then times t. */
@@ -83,25 +98,26 @@ static PyObject *rope_tables(PyObject *module, PyObject *args, PyObject *kwargs)
                             positions, head_dim, PyTuple_Size(args) > 2 ? PyTuple_GetItem(args, 2) : Py_None);
     }
     const int64_t half = head_dim / 2, shape[] = {positions, half};
-    bn_tensor *cos_table, *sin_table;
-    bn_status status = bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &cos_table);
-    if (status != BN_OK) {
-        return bn_raise(bn_state(module), status);
-    }
-    status = bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &sin_table);
-    if (status != BN_OK) {
-        bn_tensor_release(cos_table);
-        return bn_raise(bn_state(module), status);
-    }
-    for (int64_t j = 0; j < half; j++) {
+    bn_tensor *tables[2] = {NULL, NULL};
+    bn_status status = bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &tables[0]);
+    status = status == BN_OK ? bn_tensor_new(bn_cpu_backend(), BN_F32, 2, shape, &tables[1]) : status;
+    for (int64_t j = 0; status == BN_OK && bn_device()->has_values && j < half; j++) {
         const float frequency = (float)bn_pow64(theta, -2.0 * (double)j / (double)head_dim);
         for (int64_t t = 0; t < positions; t++) {
             const float angle = (float)t * frequency;
-            bn_f32(cos_table)[t * half + j] = (float)bn_cos64((double)angle);
-            bn_f32(sin_table)[t * half + j] = (float)bn_sin64((double)angle);
+            bn_f32(tables[0])[t * half + j] = (float)bn_cos64((double)angle);
+            bn_f32(tables[1])[t * half + j] = (float)bn_sin64((double)angle);
         }
     }
-    return Py_BuildValue("(NN)", bn_wrap(bn_state(module), cos_table), bn_wrap(bn_state(module), sin_table));
+    for (int i = 0; status == BN_OK && i < 2; i++) {
+        status = move_to(bn_device(), &tables[i]);
+    }
+    if (status != BN_OK) {
+        bn_tensor_release(tables[0]);
+        bn_tensor_release(tables[1]);
+        return bn_raise(bn_state(module), status);
+    }
+    return Py_BuildValue("(NN)", bn_wrap(bn_state(module), tables[0]), bn_wrap(bn_state(module), tables[1]));
 }
 
 /* ---- parameters and gradients ------------------------------------------------------------------------------- */

@@ -68,6 +68,10 @@ PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs) {
         PyErr_Format(PyExc_BufferError, "DLPack has no %s; convert it first", bn_dtype_name(t->dtype));
         return NULL;
     }
+    if (bn_backend_of(t) != bn_cpu_backend()) {
+        PyErr_Format(PyExc_BufferError, "this tensor lies on %s; export a copy on the cpu", bn_backend_of(t)->name);
+        return NULL;
+    }
     if (t->requires_grad) {
         PyErr_SetString(PyExc_BufferError, "this tensor requires a gradient, which another library would not see; "
                                            "export detach() instead");

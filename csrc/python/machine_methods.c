@@ -1,4 +1,4 @@
-/* machine_methods.c: threads, instruction sets, memory, and how fast this machine is. */
+/* machine_methods.c: threads, instruction sets, and how fast this machine is. */
 #include "python/module.h"
 
 #include "base/parallel.h"
@@ -125,29 +125,6 @@ static PyObject *time_product(PyObject *module, PyObject *args) {
     return list;
 }
 
-static PyObject *has_cuda(PyObject *module, PyObject *unused) {
-    (void)module;
-    (void)unused;
-    return PyBool_FromLong(bn_cuda_backend() != NULL);
-}
-
-static PyObject *memory_stats(PyObject *module, PyObject *unused) {
-    (void)module;
-    (void)unused;
-    bn_arena_stats s;
-    bn_cpu_memory_stats(&s);
-    return Py_BuildValue("{s:K,s:K,s:K,s:K}", "in_use", (unsigned long long)s.in_use, "cached",
-                         (unsigned long long)s.cached, "high_water", (unsigned long long)s.high_water, "system_calls",
-                         (unsigned long long)s.system_calls);
-}
-
-static PyObject *memory_trim(PyObject *module, PyObject *unused) {
-    (void)module;
-    (void)unused;
-    bn_cpu_memory_trim();
-    Py_RETURN_NONE;
-}
-
 PyMethodDef bn_machine_methods[] = {
     {"set_threads", set_threads, METH_O, "Threads that kernels use, 0 for the default. Never changes a result."},
     {"get_threads", get_threads, METH_NOARGS, "Threads that kernels use."},
@@ -158,8 +135,5 @@ PyMethodDef bn_machine_methods[] = {
     {"peak", peak, METH_O, "(multiply-adds a second of all threads, name) of a kind: f32, bf16 or int8."},
     {"time_product", time_product, METH_VARARGS,
      "(y, dx or dw; ternary; rows, in, out; repeats): seconds of each run of one product of a linear map."},
-    {"has_cuda", has_cuda, METH_NOARGS, "Whether this build has CUDA kernels."},
-    {"memory_stats", memory_stats, METH_NOARGS, "Bytes in use, cached, at most in use, and calls to the system."},
-    {"memory_trim", memory_trim, METH_NOARGS, "Gives cached memory back to the system."},
     {NULL, NULL, 0, NULL},
 };

@@ -25,8 +25,8 @@ static int add_exceptions(PyObject *module, bn_module_state *state) {
 }
 
 static int add_methods(PyObject *module) {
-    PyMethodDef *const files[] = {bn_op_methods, bn_core_methods, bn_ternary_methods, bn_format_methods,
-                                  bn_machine_methods};
+    PyMethodDef *const files[] = {bn_op_methods,     bn_core_methods,    bn_ternary_methods,
+                                  bn_format_methods, bn_machine_methods, bn_device_methods};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         if (PyModule_AddFunctions(module, files[i]) < 0) {
             return -1;

@@ -52,11 +52,16 @@ bool bn_unwrap_optional(const bn_module_state *state, PyObject *object, const ch
 int bn_parse_shape(PyObject *sequence, int64_t shape[BN_MAX_DIMS]);
 /* "f32" and so on; -1 with an exception set. */
 int bn_parse_dtype(PyObject *name);
-/* "cpu" or "cuda"; NULL with an exception set. */
-const bn_backend *bn_parse_device(const char *name);
 
 /* Methods of the module, by file. */
-extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_ternary_methods[], bn_format_methods[], bn_machine_methods[];
+extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_ternary_methods[], bn_format_methods[], bn_machine_methods[],
+    bn_device_methods[];
+
+/* device.c */
+/* Where this thread makes its tensors: the CPU at first. */
+const bn_backend *bn_device(void);
+/* "cpu", "cuda", "meta"; NULL or None: bn_device(). NULL with an exception set. */
+const bn_backend *bn_parse_device(PyObject *name);
 
 /* sequence.c */
 /* Core tensors of a sequence, to be freed, borrowed from *items, to be released; NULL with an exception set. */
@@ -64,14 +69,15 @@ bn_tensor **bn_tensor_list(PyObject *module, PyObject *sequence, PyObject **item
 /* Applies fn to each tensor of a sequence, to the first failure. Returns a new None. */
 PyObject *bn_for_each_tensor(PyObject *module, PyObject *sequence, bn_status (*fn)(bn_tensor *));
 
-/* numpy_bridge.c. dtype -1: f32 for floats, i32 for integers. Returns new. */
+/* numpy_bridge.c */
 bool bn_numpy_init(void);
-bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype);
+/* dtype -1: f32 for floats, i32 for integers. Returns new. */
+bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype, const bn_backend *device);
 /* Returns a new array uint8 (size), contents undefined. */
 PyObject *bn_new_byte_array(size_t size, uint8_t **data);
 /* A Python or NumPy real number, not an array. */
 bool bn_is_number(PyObject *object);
-/* Returns a new array: a view that writes through for a leaf, a copy otherwise or when asked. */
+/* Returns a new array: a view that writes through for a leaf on the CPU, a copy otherwise or when asked. */
 PyObject *bn_tensor_to_array(PyObject *object, bool copy);
 
 /* buffer.c */

@@ -91,7 +91,7 @@ fail:
     return NULL;
 }
 
-bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype) {
+bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, int dtype, const bn_backend *device) {
     PyArrayObject *array = as_array(source, dtype);
     if (array == NULL) {
         return NULL;
@@ -109,9 +109,9 @@ bn_tensor *bn_tensor_from_array(const bn_module_state *state, PyObject *source, 
     const bn_dtype made = PyArray_TYPE(array) == NPY_FLOAT32 ? BN_F32
                           : PyArray_TYPE(array) == NPY_INT8  ? BN_I8
                                                              : BN_I32;
-    bn_status status = bn_tensor_new(bn_cpu_backend(), made, PyArray_NDIM(array), shape, &tensor);
+    bn_status status = bn_tensor_new(device, made, PyArray_NDIM(array), shape, &tensor);
     if (status == BN_OK) {
-        status = bn_cpu_backend()->upload(bn_data(tensor), PyArray_DATA(array), bn_tensor_bytes(tensor));
+        status = device->upload(bn_data(tensor), PyArray_DATA(array), bn_tensor_bytes(tensor));
     }
     if (status != BN_OK) {
         bn_tensor_release(tensor);
@@ -123,11 +123,35 @@ done:
     return tensor;
 }
 
+/* A new array with the values of a tensor on another device. */
+static PyObject *downloaded(const bn_module_state *state, const bn_tensor *t) {
+    static const int types[] = {[BN_F32] = NPY_FLOAT32, [BN_I8] = NPY_INT8, [BN_I32] = NPY_INT32};
+    npy_intp shape[BN_MAX_DIMS];
+    for (int i = 0; i < t->ndim; i++) {
+        shape[i] = (npy_intp)t->shape[i];
+    }
+    PyObject *array = PyArray_SimpleNew(t->ndim, shape, types[t->dtype]);
+    if (array == NULL) {
+        return NULL;
+    }
+    bn_status status;
+    void *data = PyArray_DATA((PyArrayObject *)array);
+    BN_WITHOUT_GIL(status, bn_backend_of(t)->download(data, bn_data(t), bn_tensor_bytes(t)));
+    if (status != BN_OK) {
+        Py_DECREF(array);
+        return bn_raise(state, status);
+    }
+    return array;
+}
+
 PyObject *bn_tensor_to_array(PyObject *object, bool copy) {
     const bn_tensor *t = ((bn_py_tensor *)object)->tensor;
     if (t->dtype == BN_BF16 || t->dtype == BN_TERNARY2 || !bn_dtype_is_stored(t->dtype)) {
         PyErr_Format(PyExc_TypeError, "NumPy has no %s; use .to('f32').numpy()", bn_dtype_name(t->dtype));
         return NULL;
+    }
+    if (bn_backend_of(t) != bn_cpu_backend()) {
+        return downloaded(bn_state_of(Py_TYPE(object)), t);
     }
     /* The tensor's own buffer protocol counts the views that may write, so a weight under a live view is never taken
      * for unchanged. */

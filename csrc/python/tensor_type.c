@@ -47,7 +47,7 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
             return NULL;
         }
     } else {
-        tensor = bn_tensor_from_array(state, data, dtype);
+        tensor = bn_tensor_from_array(state, data, dtype, bn_device());
     }
     if (tensor == NULL) {
         return NULL;
@@ -175,7 +175,7 @@ static PyGetSetDef getset[] = {
     {"size", get_size, NULL, "Number of elements.", NULL},
     {"nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL},
     {"dtype", get_dtype, NULL, "'f32', 'bf16', 'i8', 'i32' or 'ternary2'.", NULL},
-    {"device", get_device, NULL, "'cpu' or 'cuda'.", NULL},
+    {"device", get_device, NULL, "'cpu', 'cuda' or 'meta'.", NULL},
     {"is_leaf", get_is_leaf, NULL, "True unless the tensor was made by a recorded op.", NULL},
     {"requires_grad", get_requires_grad, set_requires_grad, "Whether backward() computes a gradient for it.", NULL},
     {"grad", get_grad, set_grad, "The accumulated gradient (f32, same shape), or None.", NULL},
@@ -224,7 +224,7 @@ static PyObject *tensor_copy_(PyObject *self, PyObject *source) {
     if (PyObject_TypeCheck(source, state->tensor_type)) {
         from = bn_tensor_retain(core(source));
     } else {
-        from = bn_tensor_from_array(state, source, (int)t->dtype);
+        from = bn_tensor_from_array(state, source, (int)t->dtype, bn_cpu_backend());
     }
     if (from == NULL) {
         return NULL;

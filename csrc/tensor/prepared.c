@@ -4,12 +4,19 @@
 #include "quant/ternary.h"
 #include "tensor/ternary_weight.h"
 
-/* The kernel's tally keeps no count of codes out of range: bytes are looked at here. */
+/* The kernel's tally keeps no count of codes out of range: bytes are looked at here, so many at a time. */
+#define LOOK_BYTES ((int64_t)64 << 10)
+
 bn_status bn_ternary_require_codes(const bn_tensor *codes) {
-    for (int64_t i = 0; i < codes->count; i++) {
-        const int8_t code = bn_i8(codes)[i];
-        if (code < -1 || code > 1) {
-            return bn_fail(BN_ERR_VALUE, "code %lld of a ternary weight is %d, not -1, 0 or 1", (long long)i, code);
+    int8_t part[LOOK_BYTES];
+    for (int64_t first = 0, count; bn_backend_of(codes)->has_values && first < codes->count; first += count) {
+        count = bn_min_i64(codes->count - first, LOOK_BYTES);
+        BN_TRY(bn_backend_of(codes)->download(part, bn_i8(codes) + first, (size_t)count));
+        for (int64_t i = 0; i < count; i++) {
+            if (part[i] < -1 || part[i] > 1) {
+                return bn_fail(BN_ERR_VALUE, "code %lld of a ternary weight is %d, not -1, 0 or 1",
+                               (long long)(first + i), part[i]);
+            }
         }
     }
     return BN_OK;
@@ -25,8 +32,13 @@ static bn_status require_fifths(const bn_ternary *t, int64_t rows) {
     return BN_OK;
 }
 
+/* Where the weight is made: beside its codes; bytes of five lie on the host. */
+static const bn_backend *device_of(const bn_ternary_source *source) {
+    return source->codes == NULL ? bn_cpu_backend() : bn_backend_of(source->codes);
+}
+
 static bn_status fill(const bn_ternary_source *source, bn_ternary *t) {
-    const bn_backend *backend = bn_cpu_backend();
+    const bn_backend *backend = device_of(source);
     const int64_t scales = source->channel_scales ? source->rows : 1;
     const int64_t groups = bn_ceil_div(source->rows, BN_PANEL_ROWS), tiles = bn_ceil_div(source->cols, BN_QUANT_PAD);
     const int64_t panels[] = {groups * bn_code_panel_bytes(t->form, tiles)}, tally[] = {source->rows, 4};
@@ -50,7 +62,7 @@ bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form,
         BN_TRY(bn_ternary_require_codes(source->codes));
     }
     const int64_t shape[] = {source->rows, source->cols};
-    BN_TRY(bn_tensor_new(bn_cpu_backend(), BN_PREPARED, 2, shape, out));
+    BN_TRY(bn_tensor_new(device_of(source), BN_PREPARED, 2, shape, out));
     bn_ternary *t = calloc(1, sizeof *t);
     bn_status status = t == NULL ? bn_fail(BN_ERR_MEMORY, "out of memory for a ternary weight") : BN_OK;
     if (status == BN_OK) {

@@ -172,7 +172,15 @@ bn_status bn_tensor_copy(bn_tensor *t, const bn_tensor *source) {
     }
     BN_TRY(bn_require_writable("copy", t));
     bn_storage_touch(t->storage);
-    return bn_backend_of(t)->copy(bn_data(t), bn_data(source), bn_tensor_bytes(t));
+    const bn_backend *to = bn_backend_of(t), *from = bn_backend_of(source), *host = bn_cpu_backend();
+    if (to == from) {
+        return to->copy(bn_data(t), bn_data(source), bn_tensor_bytes(t));
+    }
+    if (from == host) {
+        return to->upload(bn_data(t), bn_data(source), bn_tensor_bytes(t));
+    }
+    return to == host ? from->download(bn_data(t), bn_data(source), bn_tensor_bytes(t))
+                      : bn_fail(BN_ERR_VALUE, "copy: from %s to %s goes by way of the cpu", from->name, to->name);
 }
 
 /* A gradient whose memory another tensor shares gets memory of its own, with the same values. */

@@ -71,7 +71,7 @@ const char *bn_shape_print(const bn_tensor *t, bn_shape_text *buffer);
 /* BN_ERR_STATE, naming the writer, if t lies in memory that must not be written to. */
 BN_CHECKED bn_status bn_require_writable(const char *writer, const bn_tensor *t);
 BN_CHECKED bn_status bn_tensor_zero(bn_tensor *t);
-/* Copies the values of `source` (same dtype and count). */
+/* Copies the values of `source` (same dtype and count), from device to device where one of them is the CPU. */
 BN_CHECKED bn_status bn_tensor_copy(bn_tensor *t, const bn_tensor *source);
 
 /*

@@ -296,6 +296,47 @@ static void test_arena_repeats(void) {
     }
 }
 
+/* What a plan rests on: a virtual arena counts, call for call, what a real one does. */
+static void test_arena_virtual(void) {
+    bn_arena arenas[2] = {BN_ARENA_INIT, BN_VIRTUAL_ARENA_INIT};
+    void *held[2][32] = {{0}};
+    size_t size[32] = {0};
+    for (uint64_t i = 0; i < 1000; i++) {
+        const uint64_t r = bn_rng_u64(7, 1, i), k = r % 32;
+        if (!held[0][k]) {
+            size[k] = (size_t)1 << (r >> 8) % 21;
+            size[k] += (size_t)(r >> 16) % size[k];
+        }
+        for (int a = 0; a < 2; a++) {
+            if (held[a][k]) {
+                bn_arena_release(&arenas[a], held[a][k], size[k]);
+                held[a][k] = NULL;
+            } else {
+                CHECK_OK(bn_arena_allocate(&arenas[a], size[k], &held[a][k]));
+            }
+        }
+        if (i == 500) {
+            bn_arena_trim(&arenas[0]);
+            bn_arena_trim(&arenas[1]);
+        }
+        if (i == 700) {
+            bn_arena_restart_peak(&arenas[0]);
+            bn_arena_restart_peak(&arenas[1]);
+        }
+        const bn_arena_stats real = bn_arena_get_stats(&arenas[0]), counted = bn_arena_get_stats(&arenas[1]);
+        CHECK(memcmp(&real, &counted, sizeof real) == 0, "call %d: in use %zu and %zu, cached %zu and %zu", (int)i,
+              real.in_use, counted.in_use, real.cached, counted.cached);
+    }
+    for (int k = 0; k < 32; k++) {
+        CHECK(!held[1][k] || (uintptr_t)held[1][k] >> 52 != 0, "an address that may have a page: %p", held[1][k]);
+        CHECK(!held[1][k] || (uintptr_t)held[1][k] % BN_ALIGN == 0, "a block at %p", held[1][k]);
+        bn_arena_release(&arenas[0], held[0][k], size[k]);
+    }
+    bn_arena_trim(&arenas[0]);
+    void *block;
+    CHECK(bn_arena_allocate(&arenas[1], (size_t)1 << 53, &block) == BN_ERR_MEMORY, "more than there are addresses");
+}
+
 static bn_arena shared_arena = BN_ARENA_INIT;
 
 static void *hammer(void *seed) {
@@ -499,6 +540,7 @@ int main(void) {
     test_equal_bits();
     test_arena();
     test_arena_repeats();
+    test_arena_virtual();
     test_arena_threads();
     test_parallel();
     if (!fork_is_unsafe && !getenv("NO_FORK")) {
