@@ -83,6 +83,7 @@ bn_status bn_flatten(bn_tensor *const *params, int64_t count, bn_tensor **flat, 
         bn_tensor_release(*flat);
         bn_tensor_release(*flat_grad);
     }
+    backend->memory_trim(); /* nothing will have the size of what the parameters left */
     return status;
 }
 
