@@ -78,6 +78,7 @@ class Distillation:
     ) -> None:
         self.attention, self.attention_weight = attention, attention_weight
         self.student, self.teacher, self.share, self.temperature = student, teacher, share, temperature
+        teacher.activation_checkpointing = True  # no backward pass will read its results
         self.mask = TargetMask(batch_size, seq_len)  # to be set before each pass or replay
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import Tensor
-from bitnet.model import BitNetForCausalLM
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # tokens, targets -> what to differentiate, the loss
 
 
 class RecordedLoss:
-    """model(tokens, targets) for one shape: recorded at the first call, replayed at the others.
+    """An objective for one shape of batch: recorded at the first call, replayed at the others.
 
-    objective: where something else than the loss is differentiated; prepare: what is done with targets before.
+    prepare: what is done with targets before.
     """
 
     loss: Tensor  # of the last call, or what is differentiated in its place
@@ -26,16 +24,13 @@ class RecordedLoss:
 
     def __init__(
         self,
-        model: BitNetForCausalLM,
         batch_size: int,
         seq_len: int,
-        grad: bool,
         precision: str,
-        objective: Objective | None = None,
+        objective: Objective,
         prepare: Callable[[np.ndarray[Any, Any]], None] | None = None,
     ) -> None:
-        self._model, self._grad, self._precision = model, grad, precision
-        self._objective, self._prepare = objective, prepare
+        self._precision, self._objective, self._prepare = precision, objective, prepare
         self._tokens, self._targets = ops.zeros((batch_size, seq_len), "i32"), ops.zeros((batch_size, seq_len), "i32")
         self._tape: _core.Tape | None = None
         self._losses: Tensor | None = None
@@ -50,11 +45,8 @@ class RecordedLoss:
             self._tape.replay()
             return self._shown.item()
         tape = _core.Tape()
-        with nullcontext() if self._grad else ops.no_grad(), ops.precision(self._precision), tape:
-            if self._objective is None:
-                self.loss = self._shown = self._model(self._tokens, self._targets)
-            else:
-                self.loss, self._shown = self._objective(self._tokens, self._targets)
+        with ops.precision(self._precision), tape:
+            self.loss, self._shown = self._objective(self._tokens, self._targets)
         self._tape = tape
         return self._shown.item()
 

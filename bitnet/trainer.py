@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitnet import _core, checkpoint, mfu, recovery, stability
-from bitnet._core import Tensor
-from bitnet.attention_distill import AttentionDistillation
+from bitnet import _core, checkpoint, mfu, ops, recovery, stability
 from bitnet.config import BitNetConfig
 from bitnet.data import Batch, DataLoader, ShardDataset, eval_blocks, eval_rows
-from bitnet.distill import Distillation, Teacher
+from bitnet.distill import Teacher
 from bitnet.ema import WeightAverage
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
@@ -34,7 +32,8 @@ from bitnet.metrics import Record
 from bitnet.mixture import Mixture, MixtureRows
 from bitnet.model import BitNetForCausalLM
 from bitnet.nn import TernaryStats
-from bitnet.ramp import blended, ternary_share
+from bitnet.objective import training_loss
+from bitnet.ramp import ternary_share
 from bitnet.recorded_loss import RecordedLoss
 from bitnet.requantize import HeldCodes
 from bitnet.rows import IGNORE
@@ -156,28 +155,10 @@ class Trainer:
             self.teacher = Teacher(c.teacher, self.model.config, self.tokenizer, c.seq_len)
         self._share = 1.0
         self._loss = self._training_loss(1.0)
-        self._eval_loss = RecordedLoss(self.model, c.batch_size, c.seq_len, False, c.precision)
-        if self.average is not None:
-            self._average_loss = RecordedLoss(self.average.model, c.batch_size, c.seq_len, False, c.precision)
 
     def _training_loss(self, share: float) -> RecordedLoss:
-        """The loss of the text, and of the teacher if there is one, of layers that are ternary by this share."""
-        c, taught = self.config, None
-        shape = c.batch_size, c.seq_len
-        if self.teacher is not None:
-            models = self.model, self.teacher.model
-            attention = AttentionDistillation(*models, c.distill_layer) if c.distill_attention else None
-            taught = Distillation(*models, *shape, c.distill, c.temperature, attention, c.distill_attention)
-
-        def objective(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            with blended(self.model, share):
-                if taught is not None:
-                    return taught(tokens, targets)
-                loss = self.model(tokens, targets)
-                return loss, loss
-
-        prepare = None if taught is None else taught.mask.set
-        return RecordedLoss(self.model, *shape, True, c.precision, objective, prepare)
+        """Of layers that are ternary by this share."""
+        return training_loss(self.model, None if self.teacher is None else self.teacher.model, self.config, share)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -368,7 +349,7 @@ class Trainer:
             if len(self.held_out) > 1:
                 record["val_loss_by_source"] = dict(self.source_losses)
             if self.average is not None:
-                record["val_loss_ema"] = self.evaluate(self._average_loss)
+                record["val_loss_ema"] = self.evaluate(self.average.model)
             record["perplexity"] = math.exp(min(loss, 700.0))  # the largest that a float holds is e^709
             ramped = self.step >= c.ternary_from + c.ternary_ramp  # before, the loss says little: patience waits
             lowest, stale = (loss, 0) if lowest is None or loss < lowest else (lowest, stale + ramped)
@@ -406,16 +387,16 @@ class Trainer:
                     raise
                 self.log(f"warning: {error}; training goes on")
 
-    def evaluate(self, recorded: RecordedLoss | None = None) -> float:
+    def evaluate(self, model: BitNetForCausalLM | None = None) -> float:
         """Mean loss in nats per target over the rows of the held-out split, in order: see data.eval_blocks.
 
         Of a mixture: the mean of its sources' losses, each weighted like the source; `source_losses` holds them.
-        recorded: the loss of another model than the one in training, which leaves `source_losses` alone.
+        model: another than the one in training, which leaves `source_losses` alone.
         """
         if not self.held_out:
             raise ConfigError("there is no held-out text to evaluate on")
-        losses = {name: self._evaluate(data, recorded or self._eval_loss) for name, data in self.held_out.items()}
-        if recorded is None:
+        losses = {name: self._evaluate(data, model or self.model) for name, data in self.held_out.items()}
+        if model is None:
             self.source_losses = losses
         if not isinstance(self.dataset, Mixture) or len(losses) == 1:
             return next(iter(losses.values()))
@@ -424,21 +405,17 @@ class Trainer:
         total = math.fsum(losses[name] * weight for name, weight in weights.items())
         return total / math.fsum(weights.values())
 
-    def _evaluate(self, data: ShardDataset, loss: RecordedLoss) -> float:
-        c = self.config
-        total, count, done, limit = 0.0, 0, 0, self._eval_blocks(data)
+    def _evaluate(self, data: ShardDataset, model: BitNetForCausalLM) -> float:
+        total, count, left = 0.0, 0, self._eval_blocks(data)
         for tokens, targets in self._blocks(data):
-            rows = min(len(tokens), limit - done)
-            if rows <= 0:
+            tokens, targets = tokens[:left], targets[:left]
+            if not len(tokens):
                 break
-            if rows < c.batch_size:  # the last batch: rows that do not count fill the recorded shape
-                missing = c.batch_size - rows
-                tokens = np.pad(tokens[:rows], ((0, missing), (0, 0)))
-                targets = np.pad(targets[:rows], ((0, missing), (0, 0)), constant_values=IGNORE)
             targeted = _targeted(targets)
-            total += loss(tokens, targets) * targeted
+            with ops.no_grad():
+                total += model(tokens, targets).item() * targeted
             count += targeted
-            done += rows
+            left -= len(tokens)
         return total / count
 
     def sample_prompt(self) -> str:
