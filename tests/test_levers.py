@@ -13,7 +13,7 @@ from small_runs import StopAt, numbers, pack_numbers
 
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint, get_threads, nn, ops, set_threads, use_isa
 from bitnet.callbacks import Callback
-from bitnet.distill import Distillation
+from bitnet.distill import Distillation, cut_alike
 from bitnet.ema import averaged, extract, main
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted
@@ -22,6 +22,7 @@ from bitnet.muon import Muon, orthogonalize
 from bitnet.pretrained import from_pretrained
 from bitnet.ramp import blended, ternary_share
 from bitnet.run_config import Settings
+from bitnet.tokenizer import ByteTokenizer, CharTokenizer
 from bitnet.train import arguments, options_given
 from bitnet.trainer import Trainer
 from bitnet.trainer_config import TrainerConfig
@@ -275,6 +276,15 @@ def test_a_student_with_a_ternary_head_learns(folder: Path, twin: Path) -> None:
     shape = SHAPE.replace(quantize_head=True, use_rms_norm=True)
     history = trainer(folder, replace(CONFIG, teacher=str(twin), distill=0.9), shape).fit()
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
+
+
+def test_tokenizers_that_cut_alike() -> None:
+    """Characters that are not in the sentence that is compared are no reason to refuse the same vocabulary."""
+    letters, more = CharTokenizer("abc"), CharTokenizer("abcd")
+    assert cut_alike(letters, CharTokenizer("abc"))
+    assert not cut_alike(letters, more)
+    assert cut_alike(ByteTokenizer(), ByteTokenizer())
+    assert not cut_alike(ByteTokenizer(), letters)
 
 
 def test_a_teacher_must_fit_and_stay(folder: Path, tmp_path: Path, twin: Path) -> None:
