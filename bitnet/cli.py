@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "data": ("bitnet.data_cli", "turn text into packed tokens"),
     "train": ("bitnet.train", "train a model; with no flags, a complete small run"),
+    "plan": ("bitnet.plan_cli", "what training or generation takes in memory, beforehand"),
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
     "chat": ("bitnet.chat", "talk with a trained model"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),

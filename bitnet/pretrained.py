@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bitnet.checkpoint import STATE, SUMS, Checkpoint, open_checkpoint
+from bitnet.checkpoint import STATE, SUMS, Checkpoint, folder_of, open_checkpoint, steps
+from bitnet.config import BitNetConfig
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.bitnet_file import MAGIC
-from bitnet.formats.hf_config import CONFIG
+from bitnet.formats.hf_config import CONFIG, read_config
 from bitnet.formats.source import Progress, Reading, Source, assemble
 from bitnet.model import BitNetForCausalLM
 
@@ -61,6 +62,20 @@ def open_model(
 
         return load_packed(place, layout=layout)
     return open_checkpoint(place).model()
+
+
+def config_of(path: str | Path) -> BitNetConfig:
+    """The shape of what from_pretrained opens, without its weights. Raises CheckpointError."""
+    from bitnet.formats.bitnet_file import BitnetFile
+    from bitnet.formats.packing import PackedSource
+
+    place = _local(path, None)
+    source = _source(place, Reading())
+    if source is not None:
+        return source.config
+    if place.is_file():
+        return PackedSource(BitnetFile(place)).config
+    return read_config((folder_of(place, steps(place)[-1]) if steps(place) else place) / CONFIG)
 
 
 def open_without_copies(

@@ -32,11 +32,14 @@ from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.metrics import Record, in_both, read_metrics
 from bitnet.mixture import Mixture, is_mixture
 from bitnet.model import BitNetForCausalLM
-from bitnet.pretrained import from_pretrained, located
+from bitnet.plan import process_bytes, training_plan
+from bitnet.pretrained import config_of, from_pretrained, located
+from bitnet.report_text import size
 from bitnet.rows import Conversations, DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
 from bitnet.shard import MANIFEST
 from bitnet.shipped import shipped, shipped_names
+from bitnet.system_memory import system_memory
 from bitnet.tokenizer import Tokenizer
 from bitnet.trainer import Trainer, check_readable
 from bitnet.trainer_config import TrainerConfig
@@ -160,7 +163,7 @@ def train(args: argparse.Namespace) -> Trainer:
             raise CheckpointError(f"{out} is no run to resume: it has no {OPTIONS_FILE}")
         settings = Settings.of(resumed(read_yaml(out / OPTIONS_FILE), given, out))
     else:
-        settings = Settings.of(_chosen(args.config, given))
+        settings = Settings.of(chosen(args.config, given))
         out = _make_folder(settings, args.out)
         write_yaml(out / OPTIONS_FILE, settings)
     try:
@@ -191,7 +194,7 @@ def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     return trainer
 
 
-def _chosen(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
+def chosen(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a new run: those of --config (a file, or the name of a recipe), and flags over them.
 
     Flags that name a text take the place of the file's. ConfigError where neither names one: only a command without
@@ -336,7 +339,9 @@ def build(
     if trainer.sample_prompt is None and not settings.run.data:
         trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
     if model is None:
-        model = BitNetForCausalLM(_shape(settings, tokenizer, data.folder, out), trainer.seed)
+        shape = _shape(settings, tokenizer, data.folder, out)
+        _say_memory(shape, trainer)
+        model = BitNetForCausalLM(shape, trainer.seed)
     else:
         own = _tokenizer_of(model)
         if own is not None and own.fingerprint() != tokenizer.fingerprint():
@@ -346,6 +351,20 @@ def build(
         if settings.run.convert and not checkpoint.steps(out):
             model = _converted(model, data, trainer)
     return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
+
+
+def _say_memory(shape: BitNetConfig, trainer: TrainerConfig) -> None:
+    """Prints what the run will take. Raises ConfigError if that is more than this machine has."""
+    planned = training_plan(shape, trainer, None if trainer.teacher is None else config_of(trainer.teacher))
+    room, need = system_memory(), planned.total + process_bytes()
+    parts = ", ".join(f"{name} {size(part)}" for name, part in planned.parts.items())
+    if need > room.total:
+        raise ConfigError(
+            f"this run takes {size(need)} of memory ({parts}), and this machine has {size(room.total)}; "
+            "`bitnet plan train` with the same options tells what takes less"
+        )
+    short = "" if need <= room.free else "; `bitnet plan train` with the same options tells what takes less"
+    print(f"memory: {size(need)} at most ({parts}); {size(room.free)} are free{short}", flush=True)
 
 
 def _converted(model: BitNetForCausalLM, data: ShardDataset | Mixture, trainer: TrainerConfig) -> BitNetForCausalLM:
