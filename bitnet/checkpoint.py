@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from bitnet.config import BitNetConfig
 from bitnet.durable import sync
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.hf_config import CONFIG, config_json, read_config, read_json
+from bitnet.formats.safetensors_file import TensorPart, parts_of, write_file
 from bitnet.lora import LoraConfig
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 WEIGHTS, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 AVERAGE, HELD = "ema.safetensors", "held.safetensors"
@@ -191,39 +192,36 @@ def save(
     tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes RUN/checkpoints/step-NNNNNNNN and returns it. Raises CheckpointError (a full disk), leaving no trace."""
-    return write(run, step, model.config, model.state_dict(), optimizer, state, tokenizer, lora=model.lora)
+    return write(run, step, model.config, model.parts(), parts_of(optimizer), state, tokenizer, lora=model.lora)
 
 
 def write(
     run: str | Path,
     step: int,
     config: BitNetConfig,
-    weights: Arrays,
-    optimizer: Arrays,
+    weights: Sequence[TensorPart],
+    optimizer: Sequence[TensorPart],
     state: dict[str, Any],
     tokenizer: Tokenizer | None,
-    average: Arrays | None = None,
+    average: Sequence[TensorPart] | None = None,
     lora: LoraConfig | None = None,
-    held: Arrays | None = None,
+    held: Sequence[TensorPart] | None = None,
 ) -> Path:
-    """save() of what was copied before: nothing is read from a model, so another thread can do it."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+    """save() of tensors that are made as they are written; where all were copied before, another thread can do it."""
     target = folder_of(run, step)
     partial = target.with_name(PARTIAL + target.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial / CONFIG, json.dumps(config_json(config, tokenizer), indent=2) + "\n")
-        save_file(weights, partial / (WEIGHTS if lora is None else ADAPTERS), {"format": "pt"})
+        write_file(partial / (WEIGHTS if lora is None else ADAPTERS), weights)
         if lora is not None:
             _write_text(partial / LORA, json.dumps(asdict(lora), indent=2) + "\n")
-        save_file(optimizer, partial / OPTIMIZER, {"format": "pt"})
+        write_file(partial / OPTIMIZER, optimizer)
         if average is not None:
-            save_file(average, partial / AVERAGE, {"format": "pt"})
+            write_file(partial / AVERAGE, average)
         if held is not None:
-            save_file(held, partial / HELD, {"format": "pt"})
+            write_file(partial / HELD, held)
         _write_text(partial / STATE, json.dumps(state, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -237,10 +235,9 @@ def write(
         partial.rename(target)
         sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"checkpoint {target} could not be written: {reason}") from None
+        raise CheckpointError(f"checkpoint {target} could not be written: {error.strerror or error}") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from bitnet import _core, checkpoint, ops
 from bitnet.command import exit_status
 from bitnet.errors import ConfigError
+from bitnet.formats.safetensors_file import parts_of
 from bitnet.model import BitNetForCausalLM
 
 
@@ -52,7 +53,8 @@ def extract(run: str | Path, out: str | Path) -> Path:
     saved = checkpoint.open_checkpoint(Path(run))
     if Path(out).exists():
         raise ConfigError(f"{out} exists already; choose another folder")
-    return checkpoint.write(out, saved.state["step"], saved.config, saved.average(), {}, saved.state, saved.tokenizer)
+    average = parts_of(saved.average())
+    return checkpoint.write(out, saved.state["step"], saved.config, average, [], saved.state, saved.tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

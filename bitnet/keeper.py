@@ -15,6 +15,7 @@ from bitnet import checkpoint
 from bitnet.background import Background
 from bitnet.checkpoint import Checkpoint
 from bitnet.errors import CheckpointError, ConfigError
+from bitnet.formats.safetensors_file import parts_of
 from bitnet.stability import LossWatch
 from bitnet.trainer_config import TrainerConfig
 
@@ -75,9 +76,14 @@ class Keeper:
             state["teacher"] = t.teacher.fingerprint()
         out, keep, tokenizer, config = t.out, t.config.keep, t.tokenizer, t.model.config
         lora = t.model.lora
-        weights, moments = t.model.state_dict(), t.optimizer.state_dict()
-        average = None if t.average is None else t.average.model.state_dict()
-        held = t.codes.state(step)
+        weights, moments = t.model.parts(), t.optimizer.parts()
+        average = None if t.average is None else t.average.model.parts()
+        codes = t.codes.state(step)
+        held = None if codes is None else parts_of(codes)
+        beside = due and t.config.background_save and not t.over
+        if beside:  # the next steps change them
+            weights, moments = [part.copied() for part in weights], [part.copied() for part in moments]
+            average = None if average is None else [part.copied() for part in average]
 
         old = (None if self.best is None else self.best["step"], self.good)
 
@@ -87,7 +93,7 @@ class Keeper:
             checkpoint.prune(out, keep, None if best is None else best["step"], good)
             return _Written(path, step, good, best, time.perf_counter() - start)
 
-        if due and t.config.background_save and not t.over:
+        if beside:
             self.writer.begin(write)
         else:
             self._written(write())

@@ -22,6 +22,7 @@ import numpy as np
 
 from bitnet import _core, ops
 from bitnet._core import Tensor
+from bitnet.formats.safetensors_file import TensorPart
 from bitnet.nn import Module, Parameter
 from bitnet.optim import AdamW
 
@@ -106,8 +107,12 @@ class Muon:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """The state of `rest` (AdamW.state_dict) and copies of the buffers, `momentum.<name>`."""
-        state = self.rest.state_dict()
-        return state | {f"momentum.{name}": buffer.numpy(copy=True) for name, buffer in self.buffers.items()}
+        return {part.name: np.array(part.make()) for part in self.parts()}
+
+    def parts(self) -> list[TensorPart]:
+        """What state_dict() gives, for a file: those of `rest` (AdamW.parts) and views of the buffers."""
+        own = [TensorPart(f"momentum.{name}", "F32", b.shape, b.numpy) for name, b in self.buffers.items()]
+        return self.rest.parts() + own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what state_dict() gave; names and shapes must match."""

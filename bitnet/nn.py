@@ -17,6 +17,7 @@ import numpy as np
 from bitnet import _core, ops
 from bitnet._core import ShapeError, Tensor
 from bitnet.config import SCALES
+from bitnet.formats.safetensors_file import TensorPart
 from bitnet.layout import choose_layout
 
 Histogram = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -96,11 +97,15 @@ class Module:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of all parameters as f32 arrays by name. TypeError if a layer is packed: it has no latent weights."""
+        return {part.name: np.array(part.make()) for part in self.parts()}
+
+    def parts(self) -> list[TensorPart]:
+        """What state_dict() gives, for a file: each tensor is a view of the parameter, taken when its turn has come."""
         for path, module in self.named_modules():
             weight = vars(module).get("weight")
             if isinstance(weight, Tensor) and weight.dtype != "f32":
                 raise TypeError(f"state_dict: {path or 'this layer'} is packed and has no latent weights to give")
-        return {name: parameter.numpy(copy=True) for name, parameter in self.named_parameters()}
+        return [TensorPart(name, "F32", weight.shape, weight.numpy) for name, weight in self.named_parameters()]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets all parameters. Every name must match and every shape; nothing is changed otherwise."""

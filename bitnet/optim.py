@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bitnet import _core, ops
+from bitnet._core import Tensor
+from bitnet.formats.safetensors_file import TensorPart
 from bitnet.nn import Module, Parameter
 
 MOMENTS = ("f32", "bf16")
+LINE = 16  # floats: the padding of csrc/ops/optimizer.c, whole cache lines
 
 
 class AdamW:
@@ -50,7 +54,7 @@ class AdamW:
         self._decay_end = end = 0
         for name, parameter in named:
             self._slots[name] = slice(end, end + parameter.size)
-            end += -(-parameter.size // 16) * 16  # the padding of csrc/ops/optimizer.c: whole cache lines
+            end += -(-parameter.size // LINE) * LINE
             self._decay_end = end if parameter.ndim >= 2 else self._decay_end
 
     def zero_grad(self) -> None:
@@ -81,12 +85,27 @@ class AdamW:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of both moments in f32 by parameter name (`m.<name>`, `v.<name>`) and the step count (`steps`)."""
-        state: dict[str, np.ndarray[Any, Any]] = {"steps": np.array([self.steps], np.int64)}
+        return {part.name: np.array(part.make()) for part in self.parts()}
+
+    def parts(self) -> list[TensorPart]:
+        """What state_dict() gives, for a file: each made when its turn has come, a view of f32 moments."""
+        steps = np.array([self.steps], np.int64)
+        parts = [TensorPart("steps", "I64", steps.shape, lambda: steps)]
         for prefix, flat in (("m", self.m), ("v", self.v)):
-            values = ops.convert(flat, "f32").numpy()
             for name, parameter in self.parameters.items():
-                state[f"{prefix}.{name}"] = values[self._slots[name]].reshape(parameter.shape).copy()
-        return state
+                parts.append(TensorPart(f"{prefix}.{name}", "F32", parameter.shape, partial(self._moment, flat, name)))
+        return parts
+
+    def _moment(self, flat: Tensor, name: str) -> np.ndarray[Any, Any]:
+        """One parameter's part of a moment, in f32."""
+        parameter, slot = self.parameters[name], self._slots[name]
+        if flat.dtype == "f32":
+            values = flat.numpy()[slot]
+        else:
+            lines = np.arange(slot.start // LINE, -(-slot.stop // LINE), dtype=np.int32)
+            with ops.no_grad():
+                values = ops.embedding(lines, ops.reshape(flat, (-1, LINE))).numpy().reshape(-1)[: parameter.size]
+        return values.reshape(parameter.shape)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what state_dict() gave; names and shapes must match. bf16 moments round f32 ones to nearest."""

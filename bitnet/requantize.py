@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 
 from bitnet import _core, ops
 from bitnet.checkpoint import Arrays
@@ -57,7 +60,7 @@ class HeldCodes:
         """What the next step, number `step`, goes on with; None if it makes its codes itself."""
         if self.is_fresh(step):
             return None
-        arrays: Arrays = {}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
         with self.in_force(step):
             for name, weight in self._named.items():
                 arrays[name] = _core.pack_fifths(_core.ternary_codes(weight))

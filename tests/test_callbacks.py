@@ -263,3 +263,27 @@ def test_weights_and_biases_get_the_records(folder: Path, tmp_path: Path, monkey
     assert [values["step"] for values in logged if "step" in values] == list(range(1, 14))
     assert logged[5]["zero/model.layers.0.mlp.up_proj"] > 0
     assert logged[12] == {"exit": 0}
+
+
+def test_a_checkpoint_in_the_background_is_of_the_step_it_was_due_at(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written two steps later, when weights, moments and average have moved on."""
+    options: dict[str, Any] = {"ema": 0.5, "keep": 9}
+    trainer(folder, tmp_path / "a", **options).fit()
+    gate, write = threading.Event(), checkpoint.write
+
+    def late(*arguments: Any) -> Path:
+        assert arguments[1] != 4 or gate.wait(30)
+        return write(*arguments)
+
+    class Open(Callback):
+        def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            if record["step"] == 6:
+                gate.set()
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    trainer(folder, tmp_path / "b", (Open(),), background_save=True, **options).fit()
+    for file in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        one, other = (checkpoint.folder_of(tmp_path / name, 4) / file for name in "ab")
+        assert one.read_bytes() == other.read_bytes(), file

@@ -18,9 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from one_at_a_time import Single
 
+from bitnet.config import BitNetConfig
 from bitnet.errors import CheckpointError
 from bitnet.formats import safetensors_file
-from bitnet.formats.safetensors_file import SafetensorsFile, SafetensorsFolder, TensorPart, write_safetensors
+from bitnet.formats.safetensors_file import (
+    SafetensorsFile,
+    SafetensorsFolder,
+    TensorPart,
+    parts_of,
+    write_file,
+    write_safetensors,
+)
+from bitnet.model import BitNetForCausalLM
+from bitnet.optim import AdamW
 
 Array = np.ndarray[Any, Any]
 ARRAYS: dict[str, tuple[str, Array]] = {
@@ -118,6 +128,39 @@ def test_one_tensor_at_a_time_is_made(tmp_path: Path) -> None:
 def test_a_part_of_another_size_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a has 3 bytes, not 4"):
         write_safetensors(tmp_path, [TensorPart("a", "F32", (1,), lambda: b"abc")])
+
+
+def test_arrays_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    kinds = ("F32", "I64", "U8")  # those of checkpoints; others of one width the library orders by type
+    arrays = {name: array for name, (dtype, array) in ARRAYS.items() if dtype in kinds}
+    save_file(arrays, tmp_path / "theirs", {"format": "pt"})
+    write_file(tmp_path / "ours", parts_of(arrays))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    write_file(tmp_path / "across", parts_of({"a": arrays["floats"].T}))
+    np.testing.assert_array_equal(SafetensorsFile(tmp_path / "across").array("a"), arrays["floats"].T)
+    with pytest.raises(ValueError, match="a is an array of uint16"):
+        parts_of({"a": np.zeros(2, np.uint16)})
+
+
+def test_a_part_is_what_it_is_when_written_or_copied(tmp_path: Path) -> None:
+    array = np.array([1, 2], np.float32)
+    (part,) = parts_of({"a": array})
+    copy = part.copied()
+    array[0] = 5
+    for made, first in ((part, 5), (copy, 1)):
+        write_file(tmp_path / "x", [made])
+        assert SafetensorsFile(tmp_path / "x").array("a").tolist() == [first, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
+def test_a_write_that_fails_lets_go_of_what_it_wrote() -> None:
+    model = BitNetForCausalLM(BitNetConfig(257, 64, 96, 1, 2, max_position_embeddings=64))
+    with pytest.raises(OSError, match="No space left on device") as told:
+        write_file(Path("/dev/full"), model.parts())
+    AdamW(model)  # refuses to move a weight that NumPy looks at
+    assert told.value.errno == 28
 
 
 # ---- lies -----------------------------------------------------------------------------------------------------------

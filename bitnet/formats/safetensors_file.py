@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ import numpy as np
 
 from bitnet.errors import CheckpointError
 from bitnet.formats.mapped import is_size, map_file, release, strict_json
-from bitnet.formats.source import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from bitnet.formats.source import Progress
 
 Array = np.ndarray[Any, Any]
 LENGTH = struct.Struct("<Q")
@@ -193,12 +194,38 @@ class TensorPart:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], Buffer]
+    make: Callable[[], Buffer | Array]  # NumPy's own stubs call an array a Buffer from Python 3.12 on
 
     @property
     def bytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    def view(self) -> memoryview:
+        """What `make` gives, of whatever shape."""
+        made = self.make()
+        return made.data if isinstance(made, np.ndarray) else memoryview(made)
+
+    def copied(self) -> TensorPart:
+        """The same of bytes that are copied now, whatever `make` would give later."""
+        with self.view() as data:
+            copy = data.tobytes()
+        return replace(self, make=lambda: copy)
+
+
+def parts_of(arrays: Mapping[str, Array]) -> list[TensorPart]:
+    """Arrays as tensors to be, each looked up again when its turn has come. ValueError for a type that has no name."""
+    names = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
+    parts = []
+    for name, array in arrays.items():
+        if array.dtype not in names:
+            raise ValueError(f"{name} is an array of {array.dtype}; known are {', '.join(map(str, names))}")
+
+        def make(name: str = name) -> Array:
+            return np.ascontiguousarray(arrays[name])
+
+        parts.append(TensorPart(name, names[array.dtype], array.shape, make))
+    return parts
 
 
 def write_safetensors(
@@ -221,14 +248,14 @@ def write_safetensors(
             filled = 0
         shards[-1].append(part)
         filled += part.bytes
-    shards = [sorted(shard, key=lambda part: (-np.dtype(DTYPES[part.dtype]).itemsize, part.name)) for shard in shards]
+    shards = [_in_order(shard) for shard in shards]
     names = [part.name for shard in shards for part in shard]
     turns = iter(names if progress is None else progress(names))
     count = len(shards)
     places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        _write_file(folder / file, shard, turns)
+        _write_in_order(folder / file, shard, turns)
         places |= {part.name: file for part in shard}
     if count > 1:
         total = sum(part.bytes for part in parts)
@@ -238,7 +265,16 @@ def write_safetensors(
         pass
 
 
-def _write_file(path: Path, parts: Sequence[TensorPart], turns: Iterator[str]) -> None:
+def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
+    """Writes one file of any name; wide numbers come first."""
+    _write_in_order(path, _in_order(parts), iter(()))
+
+
+def _in_order(parts: Sequence[TensorPart]) -> list[TensorPart]:
+    return sorted(parts, key=lambda part: (-np.dtype(DTYPES[part.dtype]).itemsize, part.name))
+
+
+def _write_in_order(path: Path, parts: Sequence[TensorPart], turns: Iterator[str]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for part in parts:
@@ -250,8 +286,7 @@ def _write_file(path: Path, parts: Sequence[TensorPart], turns: Iterator[str]) -
         file.write(LENGTH.pack(len(text)) + text)
         for part in parts:
             next(turns, None)
-            data = memoryview(part.make())
-            if data.nbytes != part.bytes:
-                raise ValueError(f"{part.name} has {data.nbytes} bytes, not {part.bytes}")
-            file.write(data.cast("B") if data.nbytes else b"")
-            del data  # before the next is made
+            with part.view() as data:  # let go before the next is made, and where writing fails
+                if data.nbytes != part.bytes:
+                    raise ValueError(f"{part.name} has {data.nbytes} bytes, not {part.bytes}")
+                file.write(data.cast("B") if data.nbytes else b"")
