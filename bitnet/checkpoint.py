@@ -34,7 +34,7 @@ from bitnet.config import BitNetConfig
 from bitnet.durable import sync
 from bitnet.errors import BitnetError, CheckpointError
 from bitnet.formats.hf_config import CONFIG, config_json, read_config, read_json
-from bitnet.formats.safetensors_file import TensorPart, parts_of, write_file
+from bitnet.formats.safetensors_file import SafetensorsFile, TensorPart, parts_of, write_file
 from bitnet.lora import LoraConfig
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,10 @@ PARTIAL = ".partial-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from one checkpoint folder, its checksums verified; lora: of which adapters the weights are."""
+    """What is in one checkpoint folder, its checksums verified; lora: of which adapters the weights are.
+
+    Arrays lie in their files, read-only, and are read when they are looked at: one at a time is in memory.
+    """
 
     path: Path
     config: BitNetConfig
@@ -306,13 +309,11 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def _read_arrays(path: Path) -> Arrays:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    file = SafetensorsFile(path)
+    for entry in file.entries.values():
+        if entry.dtype == "BF16":  # NumPy would take the bits for integers
+            raise CheckpointError(f"{path}: {entry.name} is BF16, which no checkpoint has")
+    return file.arrays()
 
 
 def _sha256(path: Path) -> str:

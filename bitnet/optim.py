@@ -114,10 +114,17 @@ class AdamW:
             if name not in state or tuple(np.shape(state[name])) != shape:
                 raise KeyError(f"optimizer state: {name} of shape {shape} is missing or has another shape")
         for prefix, flat in (("m", self.m), ("v", self.v)):
-            values = np.zeros(flat.shape, np.float32)
-            for name in self.parameters:
-                values[self._slots[name]] = np.asarray(state[f"{prefix}.{name}"], np.float32).reshape(-1)
-            flat.copy_(ops.convert(ops.tensor(values), flat.dtype))
+            # NumPy has no bf16: their bits are put together beside the moment.
+            values = flat.numpy() if flat.dtype == "f32" else np.zeros(flat.shape, np.uint16)
+            for name, slot in self._slots.items():
+                given = np.asarray(state[f"{prefix}.{name}"], np.float32).reshape(-1)
+                if flat.dtype == "f32":
+                    values[slot] = given
+                else:
+                    window = _core.from_buffer(values[slot], flat.dtype, given.shape)
+                    window.copy_(ops.convert(ops.tensor(given), flat.dtype))
+            if flat.dtype != "f32":
+                flat.copy_(_core.from_buffer(values, flat.dtype, flat.shape))
         self.steps = int(state["steps"][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM, checkpoint
 from bitnet.errors import CheckpointError
+from bitnet.formats.safetensors_file import TensorPart, write_file
 from bitnet.optim import AdamW
 from bitnet.tokenizer import ByteTokenizer
 
@@ -128,6 +130,18 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         bitnet.from_pretrained(run)
+
+
+def test_weights_in_bf16_are_not_taken_for_integers(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    folder = checkpoint.folder_of(tmp_path, 1)
+    write_file(folder / "model.safetensors", [TensorPart("a", "BF16", (2,), lambda: b"1234")])
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    kept = [line for line in lines if "model.safetensors" not in line]
+    (folder / "SHA256SUMS").write_text("\n".join([*kept, f"{digest}  model.safetensors"]) + "\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a is BF16"):
+        checkpoint.load(folder)
 
 
 def test_sums_that_are_no_sums(tmp_path: Path) -> None:

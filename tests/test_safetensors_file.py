@@ -154,6 +154,13 @@ def test_a_part_is_what_it_is_when_written_or_copied(tmp_path: Path) -> None:
         assert SafetensorsFile(tmp_path / "x").array("a").tolist() == [first, 2]
 
 
+def test_arrays_given_one_by_one_stay_whole(path: Path) -> None:
+    arrays = SafetensorsFile(path).arrays()
+    assert len(arrays) == len(ARRAYS)
+    for name, array in list(arrays.items()):
+        np.testing.assert_array_equal(array, ARRAYS[name][1])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
 def test_a_write_that_fails_lets_go_of_what_it_wrote() -> None:
     model = BitNetForCausalLM(BitNetConfig(257, 64, 96, 1, 2, max_position_embeddings=64))

@@ -81,6 +81,10 @@ class SafetensorsFile:
         """Takes the tensor's pages out of this process's memory; who looks at them again has them again."""
         release(self._map, self.entries[name].begin, self.entries[name].end)
 
+    def arrays(self) -> Mapping[str, Array]:
+        """All tensors by name; the pages of the one given before leave this process's memory when the next is given."""
+        return _OneByOne(self)
+
     def _refusal(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}")
 
@@ -127,6 +131,27 @@ class SafetensorsFile:
             end = entry.end
         if end != size:
             raise self._refusal(f"its last tensor ends at {end}, the file at {size}")
+
+
+class _OneByOne(Mapping[str, Array]):
+    """See SafetensorsFile.arrays."""
+
+    def __init__(self, file: SafetensorsFile) -> None:
+        self._file = file
+        self._given: str | None = None
+
+    def __getitem__(self, name: str) -> Array:
+        array = self._file.array(name)
+        if self._given is not None:
+            self._file.release(self._given)
+        self._given = name
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.entries)
+
+    def __len__(self) -> int:
+        return len(self._file.entries)
 
 
 class SafetensorsFolder:
