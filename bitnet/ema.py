@@ -29,8 +29,9 @@ class WeightAverage:
     def __init__(self, source: BitNetForCausalLM, decay: float) -> None:
         self.decay = decay
         self.model = BitNetForCausalLM(source.config)
-        self.model.load_state_dict(source.state_dict())
         self._pairs = list(zip(self.model.parameters(), source.parameters(), strict=True))
+        for own, weight in self._pairs:
+            own.copy_(weight)
 
     def update(self, step: int) -> None:
         """Takes in the weights after a step, counted from 0."""

@@ -67,3 +67,9 @@ def test_a_foreground_save_and_a_resume_hold_no_second_copy(tmp_path: Path, mome
     pack_numbers(tmp_path)
     assert peak("save", moments, tmp_path) < 1 / 3
     assert peak("resume", moments, tmp_path) < (1 / 2 if moments == "f32" else 1)
+
+
+def test_a_weight_average_is_one_copy(tmp_path: Path) -> None:
+    """One copy is the average itself; half of one more is allowed."""
+    pack_numbers(tmp_path)
+    assert 0.9 < peak("average", "f32", tmp_path) < 1.5
