@@ -15,6 +15,7 @@ from bitnet.formats.safetensors_file import TensorPart
 from bitnet.nn import Module, Parameter
 
 MOMENTS = ("f32", "bf16")
+PIECE = 1 << 18  # floats that are rounded at once: what is made for them is of one size for large and small
 LINE = 16  # floats: the padding of csrc/ops/optimizer.c, whole cache lines
 
 
@@ -120,9 +121,11 @@ class AdamW:
                 given = np.asarray(state[f"{prefix}.{name}"], np.float32).reshape(-1)
                 if flat.dtype == "f32":
                     values[slot] = given
-                else:
-                    window = _core.from_buffer(values[slot], flat.dtype, given.shape)
-                    window.copy_(ops.convert(ops.tensor(given), flat.dtype))
+                    continue
+                for first in range(0, given.size, PIECE):
+                    piece = given[first : first + PIECE]
+                    window = _core.from_buffer(values[slot][first : first + PIECE], flat.dtype, piece.shape)
+                    window.copy_(ops.convert(ops.tensor(piece), flat.dtype))
             if flat.dtype != "f32":
                 flat.copy_(_core.from_buffer(values, flat.dtype, flat.shape))
         self.steps = int(state["steps"][0])
