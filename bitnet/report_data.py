@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from bitnet.checkpoint import STATE, WEIGHTS, folder_of, steps
-from bitnet.errors import ConfigError
+from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.hf_config import CONFIG
+from bitnet.formats.safetensors_file import SafetensorsFile
 from bitnet.machine import FILE as MACHINES
 from bitnet.machine import one_line
 from bitnet.metrics import Record, in_both, read_lines
@@ -307,12 +308,9 @@ def _checkpoints(folder: Path) -> Iterator[SavedStep]:
 
 def _parameters(path: Path) -> int | None:
     """Numbers in a safetensors file, from its header alone."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "numpy") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
+        return sum(math.prod(entry.shape) for entry in SafetensorsFile(path).entries.values())
+    except (OSError, CheckpointError):
         return None
 
 
