@@ -27,6 +27,7 @@ from bitnet.model import BitNetForCausalLM, Factory
 from bitnet.objective import training_loss
 from bitnet.ramp import ternary_share
 from bitnet.requantize import HeldCodes
+from bitnet.trainer import check_readable
 from bitnet.trainer_config import OPTIMIZERS, TrainerConfig
 
 META = "meta"
@@ -57,33 +58,39 @@ class _Meter:
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
+        self._before = _core.memory_stats(META)["in_use"]
+
+    @property
+    def in_use(self) -> int:
+        """Bytes that tensors take, of those that were made since."""
+        return _core.memory_stats(META)["in_use"] - self._before
 
     def take(self, name: str, of_these: int | None = None) -> None:
         """Names what was taken since the last call; of_these: so many bytes of it, the rest is for the next name."""
-        grown = _core.memory_stats(META)["in_use"] - sum(self.parts.values())
+        grown = self.in_use - sum(self.parts.values())
         taken = grown if of_these is None else min(of_these, grown)
         if taken:
             self.parts[name] = self.parts.get(name, 0) + taken
 
     def rest(self, name: str) -> None:
         """Names what is held beside: taken for a while, and kept for reuse."""
-        stats = _core.memory_stats(META)
-        self.parts[name] = stats["in_use"] + stats["cached"] - sum(self.parts.values())
+        self.parts[name] = self.in_use + _core.memory_stats(META)["cached"] - sum(self.parts.values())
 
 
 @contextmanager
 def _metered() -> Iterator[_Meter]:
     with _one_at_a_time, ops.device(META):
         _core.memory_trim(META)
-        assert _core.memory_stats(META)["in_use"] == 0, "a tensor on meta is alive: what it takes cannot be told apart"
         yield _Meter()
 
 
 def training_plan(model: BitNetConfig, trainer: TrainerConfig, teacher: BitNetConfig | None = None) -> Plan:
     """Of a run that trains all weights of a model of this shape, to its end: of its steps and evaluations.
 
-    teacher: the shape of the one that trainer names. Samples, which come after an evaluation, are not in it.
+    teacher: the shape of the one that trainer names. Samples, which come after an evaluation, are not in it. Raises
+    ConfigError for sequences that the model cannot read.
     """
+    check_readable(model, trainer.seq_len)
     with _metered() as meter:
         weights = _train(meter, model, trainer, teacher)
     parts = meter.parts
@@ -163,7 +170,7 @@ def _generate(
 ) -> None:
     model = BitNetForCausalLM(shape, factory=partial(PackedFactory, layout=layout))
     others = sum(p.nbytes for p in model.parameters()) + model.model.rope.cos.nbytes + model.model.rope.sin.nbytes
-    meter.take("ternary weights", _core.memory_stats(META)["in_use"] - others)
+    meter.take("ternary weights", meter.in_use - others)
     model.pack(layout, head)
     meter.take("embedding, head and norms")
     decoder = Decoder(model, batch, context, cache)

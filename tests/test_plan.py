@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import bitnet
 from bitnet import BitNetConfig, BitNetForCausalLM, _core, plan_cli
 from bitnet.data import pack
 from bitnet.errors import ConfigError
@@ -55,6 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack([str(folder / "text.txt")], folder / "data", "bytes")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("name", TRAIN)
 def test_a_run_takes_what_was_planned(name: str, text: Path) -> None:
     """Beside the plan, a run makes short-lived tensors: a batch, the statistics of a layer. A megabyte here."""
@@ -107,6 +109,11 @@ def test_planning_leaves_nothing_behind() -> None:
     before = _core.memory_stats("cpu")["in_use"]
     for _ in range(2):
         training_plan(BitNetConfig.preset("1.3b"), TrainerConfig(batch_size=4, seq_len=2048))
+    other = bitnet.zeros((1000,), device="meta")  # of somebody else's: not counted
+    assert training_plan(BitNetConfig.preset("char"), TrainerConfig()) == training_plan(
+        BitNetConfig.preset("char"), TrainerConfig()
+    )
+    del other
     assert _core.memory_stats("meta")["in_use"] == 0
     assert _core.memory_stats("cpu")["in_use"] == before
     assert _core.get_device() == "cpu"
@@ -167,6 +174,7 @@ def test_the_vocabulary_is_that_of_the_pack(text: Path, capsys: pytest.CaptureFi
         (["generate"], "either a run or --preset"),
         (["generate", "--preset", "char", "--context", "9999"], "1 to 1024 positions"),
         (["train", "--preset", "none"], "unknown preset"),
+        (["train", "--seq-len", "5000"], "seq_len 5000 is more than the model's max_position_embeddings 2048"),
         (["generate", "/nowhere/run"], "/nowhere/run"),
         (["train", "--init", "/nowhere/run", "--lora", "4"], "adapters"),
     ],

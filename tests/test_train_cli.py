@@ -224,7 +224,7 @@ def test_one_word_chooses_the_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == 0
     assert "start here" in capsys.readouterr().out
     assert cli.main(["trian"]) == 2
-    assert "'trian' is no command; one of data, train, generate, " in capsys.readouterr().err
+    assert "'trian' is no command; one of data, train, plan, generate, " in capsys.readouterr().err
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit) as end:
             cli.main([name, "--help"])
