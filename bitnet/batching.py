@@ -12,15 +12,18 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from bitnet import ops
+from bitnet._core import Tensor
 from bitnet.cache import KVCache
 from bitnet.decoder import PREFILL, ContextFullError, Step, shared_prefix
 from bitnet.errors import ConfigError
 from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
+from bitnet.scored import Scored, scored
 from bitnet.text_stream import Spelling, Stops, prompt_ids, tokenizer_of
 from bitnet.token_stream import require_request, slide
 from bitnet.tokenizer import Tokenizer
 
+SCORED_ROWS = 32  # of a prompt at once: their logits over 128256 ids take 16 MB
 COPY = 16  # tokens of a common beginning from which copying its keys and values is surely less than running it
 
 
@@ -28,12 +31,15 @@ class Event(NamedTuple):
     """One token of a request, or its end, or both.
 
     finish_reason: None while it goes on; "end" (an end_id was drawn, token is None), "length" (max_new_tokens are out)
-    or "context" (no position is left to run this token).
+    or "context" (no position is left to run this token). Of a request that asked for scores: `scored` is that of the
+    token, and with the first event come those of the prompt's tokens, where they were wanted too.
     """
 
     request: int
     token: int | None
     finish_reason: str | None
+    scored: Scored | None = None
+    prompt: tuple[Scored, ...] | None = None
 
 
 class Request:
@@ -47,6 +53,9 @@ class Request:
         self.sampler, self.most, self.ends, self.vocab_size = sampler, most, ends, vocab_size
         self.context, self.keep = "stop", 0
         self.prompt_tokens, self.slides, self.slot = len(prompt), 0, -1
+        self.reused = 0  # tokens of the prompt that its slot, or another, held already
+        self.top: int | None = None  # how many likeliest tokens a score shows; None: no scores
+        self.prompt_scores: list[Scored] | None = None
 
 
 class Batch:
@@ -98,12 +107,16 @@ class Batch:
         vocab_size: int | None = None,
         context: str = "stop",
         keep: int = 0,
+        *,
+        top: int | None = None,
+        score_prompt: bool = False,
     ) -> int:
         """A sequence joins; returns the number of its request. Its prompt is run by the next steps.
 
-        Arguments are those of TokenStream, except that a context that is full ends a request ("stop") or slides.
-        ConfigError if no slot is free, or for an id that the model does not have; ContextFullError if the prompt alone
-        does not fit.
+        Arguments are those of TokenStream, except that a context that is full ends a request ("stop") or slides. top:
+        events have scores, with so many of the likeliest tokens; score_prompt: of the prompt's tokens too, all of which
+        are run then. ConfigError if no slot is free, for an id that the model does not have, for scores of a prompt
+        without `top`; ContextFullError if the prompt alone does not fit.
         """
         if self.free == 0:
             raise ConfigError(f"all {self.slots} slots of the batch are taken")
@@ -117,13 +130,26 @@ class Batch:
             raise ConfigError(f"the prompt has the id {bad}, the model knows 0 to {self.model.config.vocab_size - 1}")
         ends = frozenset([end_id] if isinstance(end_id, int) else end_id or ())
         request = Request(prompt, sampler, max_new_tokens, ends, vocab_size)
-        request.context, request.keep = context, keep
+        request.context, request.keep, request.top = context, keep, top
+        if score_prompt:
+            if top is None or len(prompt) > self.capacity:
+                raise ConfigError("score_prompt needs `top`, and a prompt that fits the context")
+            request.prompt_scores = [Scored(prompt[0], None)]
         if len(prompt) > self.capacity:
             self._slide(request)
         self._take_slot(request)
         number, self._next = self._next, self._next + 1
         self._requests[number] = request
         return number
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values of all slots take."""
+        return self.slots * self.capacity * self._cache.bytes_per_position
+
+    def reused_by(self, request: int) -> int:
+        """Tokens of a live request's prompt that did not have to be run."""
+        return self._requests[request].reused
 
     def remove(self, request: int) -> None:
         """A sequence leaves before its end; nothing happens if it has ended."""
@@ -166,43 +192,64 @@ class Batch:
             self._draw(number, row)
 
     def _prefill(self, number: int, tokens: list[int], is_last: bool) -> None:
-        slot = self._requests[number].slot
-        self._one.slot.copy_([slot])
-        self._one.start.copy_([len(self._held[slot])])
+        request = self._requests[number]
+        start = len(self._held[request.slot])
+        self._one.slot.copy_([request.slot])
+        self._one.start.copy_([start])
         with ops.no_grad():
             hidden = self.model.head_input([tokens], self._one)
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            scores = self._prompt_scores(request, hidden, start)
             if is_last:
-                last = ops.embedding([len(tokens) - 1], hidden.reshape(-1, hidden.shape[-1]))
-                row = self.model.logits(last).numpy()[0]
-        self._held[slot] += tokens
+                row = self.model.logits(ops.embedding([len(tokens) - 1], hidden)).numpy()[0]
+        if request.prompt_scores is not None:
+            request.prompt_scores[start + 1 :] = scores
+        self._held[request.slot] += tokens
         if is_last:
             self._draw(number, row)
+
+    def _prompt_scores(self, request: Request, hidden: Tensor, start: int) -> list[Scored]:
+        """Of the prompt's tokens that follow those whose hidden states (T, C) these are, the first at `start`."""
+        if request.prompt_scores is None or request.top is None:
+            return []
+        following = request.window[start + 1 : start + 1 + hidden.shape[0]]
+        scores: list[Scored] = []
+        for first in range(0, len(following), SCORED_ROWS):
+            some = following[first : first + SCORED_ROWS]
+            rows = self.model.logits(ops.embedding(range(first, first + len(some)), hidden)).numpy()
+            scores += [
+                scored(row[: request.vocab_size], token, request.top) for row, token in zip(rows, some, strict=True)
+            ]
+        return scores
 
     def _draw(self, number: int, row: Any) -> None:
         """The next token of a request, from logits (V,)."""
         request = self._requests[number]
         token = request.sampler(row[: request.vocab_size], len(request.tokens), request.tokens)
+        score = None if request.top is None else scored(row[: request.vocab_size], token, request.top)
+        prompt, request.prompt_scores = request.prompt_scores, None
+        rest = score, None if prompt is None else tuple(prompt)
         if token in request.ends:
-            self._end(number, None, "end")
+            self._end(Event(number, None, "end", *rest))
             return
         request.tokens.append(token)
         if request.window is not request.tokens:
             request.window.append(token)
         is_full = len(request.window) > self.capacity
         if len(request.tokens) - request.prompt_tokens == request.most:
-            self._end(number, token, "length")
+            self._end(Event(number, token, "length", *rest))
         elif is_full and request.context == "stop":
-            self._end(number, token, "context")
+            self._end(Event(number, token, "context", *rest))
         else:
-            self._events.append(Event(number, token, None))
+            self._events.append(Event(number, token, None, *rest))
             if is_full:
                 self._slide(request)
                 held = self._held[request.slot]
                 del held[shared_prefix(held, request.window) :]
 
-    def _end(self, number: int, token: int | None, reason: str) -> None:
-        self._events.append(Event(number, token, reason))
-        del self._requests[number]
+    def _end(self, event: Event) -> None:
+        self._events.append(event)
+        del self._requests[event.request]
 
     def _slide(self, request: Request) -> None:
         request.window = slide(request.tokens, self.capacity, request.keep)
@@ -210,7 +257,8 @@ class Batch:
 
     def _take_slot(self, request: Request) -> None:
         """The free slot that holds most of what is to be held, or, where another holds more, a copy of that."""
-        most = len(request.window) - 1  # the last token is run in any case, for its logits
+        # The last token is run in any case, for its logits; for scores, all are.
+        most = len(request.window) - 1 if request.prompt_scores is None else 0
         shared = [min(shared_prefix(held, request.window), most) for held in self._held]
         taken = {other.slot for other in self._requests.values()}
         free = [slot for slot in range(self.slots) if slot not in taken]
@@ -222,7 +270,7 @@ class Batch:
             self._cache.copy(best, slot, count)
         self._held[slot] = request.window[:count]
         self.reused_tokens += count
-        request.slot = slot
+        request.slot, request.reused = slot, count
 
 
 def generate_batch(
@@ -268,7 +316,7 @@ def generate_batch(
                 "slide" if context == "slide" else "stop", keep,
             )  # fmt: skip
             places[request] = place
-        for request, token, reason in batch.step():
+        for request, token, reason, *_ in batch.step():
             place = places[request]
             if token is not None and not spellings[place].stopped:
                 texts[place] += spellings[place].push(token)

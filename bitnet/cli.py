@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": ("bitnet.plan_cli", "what training or generation takes in memory, beforehand"),
     "generate": ("bitnet.generate", "continue a prompt with a trained model"),
     "chat": ("bitnet.chat", "talk with a trained model"),
+    "serve": ("bitnet.serve", "answer over HTTP, as OpenAI's API, and on a page"),
     "evaluate": ("bitnet.evaluate", "loss, perplexity and bits per byte on a text"),
     "lm-eval": ("bitnet.harness", "tasks of the lm-evaluation-harness, beside published results"),
     "report": ("bitnet.report", "one HTML page on runs: curves, gaps, layers, samples"),

@@ -166,7 +166,7 @@ class BitNetLM(TemplateLM):  # type: ignore[misc]  # the harness has no type stu
                     wish = waiting.pop()
                     number = batch.add(wish.prompt, wish.sampler, wish.most, wish.ends, self.tokens.vocab_size)
                     live[number] = wish
-                for number, token, reason in batch.step():
+                for number, token, reason, *_ in batch.step():
                     if number not in live:
                         continue
                     wish = live[number]

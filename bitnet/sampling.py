@@ -30,7 +30,9 @@ class Sampler:
 
     top_k keeps the k likeliest, ties by lowest id; top_p then the fewest likeliest whose probabilities reach top_p.
     repetition_penalty divides positive and multiplies negative logits of every token already in the sequence, the
-    prompt included (Keskar et al. 2019, arXiv 1909.05858, section 4.1). Raises ConfigError for values out of range.
+    prompt included (Keskar et al. 2019, arXiv 1909.05858, section 4.1). Of the tokens from place `drawn_from` on,
+    presence_penalty is taken from the logit of each that is there and frequency_penalty as often as it is; logit_bias
+    is added (id, value) by (id, value): as OpenAI's API has them. Raises ConfigError for values out of range.
     """
 
     temperature: float = 0.8
@@ -38,6 +40,10 @@ class Sampler:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    drawn_from: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -48,6 +54,11 @@ class Sampler:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be above 0 and finite, not {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be finite, not {getattr(self, name)}")
+        if not all(id_ >= 0 and math.isfinite(bias) for id_, bias in self.logit_bias):
+            raise ConfigError("logit_bias is of ids and finite numbers")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be 0 to 2**64 - 1, not {self.seed}")
 
@@ -61,7 +72,7 @@ class Sampler:
     @property
     def largest_needed(self) -> int | None:
         """How many of the largest logits decide about a token; None: all of them do."""
-        if self.repetition_penalty != 1:
+        if self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias:
             return None
         return 1 if self.temperature == 0 else self.top_k
 
@@ -87,6 +98,13 @@ class Sampler:
             ids = ids[ids < len(scores)]
             there = scores[ids]
             scores[ids] = np.where(there < 0, there * self.repetition_penalty, there / self.repetition_penalty)
+        if self.presence_penalty or self.frequency_penalty:
+            ids, counts = np.unique(np.asarray(seen[self.drawn_from :], np.int64), return_counts=True)
+            known = ids < len(scores)
+            scores[ids[known]] -= self.presence_penalty + self.frequency_penalty * counts[known]
+        for id_, bias in self.logit_bias:
+            if id_ < len(scores):
+                scores[id_] += bias
         return scores
 
 

@@ -47,7 +47,7 @@ def drain(batch: Batch) -> dict[int, tuple[list[int], str | None]]:
     """Tokens and finish reason of every request, to the end."""
     found: dict[int, tuple[list[int], str | None]] = {}
     while batch.live:
-        for request, token, reason in batch.step():
+        for request, token, reason, *_ in batch.step():
             tokens, before = found.get(request, ([], None))
             assert before is None
             found[request] = (tokens + [token] * (token is not None), reason)
@@ -101,7 +101,7 @@ def live(model: bitnet.BitNetForCausalLM, data: st.DataObject) -> tuple[dict[int
             batch.remove(request)
             wanted[request] = wanted[request][: len(found[request])]
         for _ in range(data.draw(st.integers(0, 15))):
-            for request, token, _ in batch.step():
+            for request, token, *_ in batch.step():
                 found[request] += [token] * (token is not None)
     for request, (tokens, _) in drain(batch).items():
         found[request] += tokens
@@ -162,11 +162,11 @@ def test_an_interrupted_step_loses_nothing(model: bitnet.BitNetForCausalLM) -> N
     interruptions = 0
     while batch.live:
         try:
-            for request, token, _ in batch.step():
+            for request, token, *_ in batch.step():
                 found[request].append(token)
         except KeyboardInterrupt:
             interruptions += 1
-    for request, token, _ in batch.step():
+    for request, token, *_ in batch.step():
         found[request].append(token)
     assert found == wanted
     assert interruptions > 10
@@ -224,7 +224,7 @@ def test_a_common_beginning_is_copied_or_used_in_place(model: bitnet.BitNetForCa
     shared = prompt_of(2, 30)
     batch = Batch(model, slots=2)
     first = batch.add([*shared, 1], Sampler(0), 20)
-    ((_, token, _),) = batch.step()
+    ((_, token, *_),) = batch.step()
     second = batch.add([*shared, 2, 3], Sampler(0), 20)
     assert batch.reused_tokens == len(shared)
     found = drain(batch)

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from bitnet.scored import Scored
 
 Reply = dict[str, Any]
 Spell = Callable[[int], bytes]  # the bytes that a token adds to the text
 
 LEAST = -9999.0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A token with what the model gave it."""
-
-    token: int
-    logprob: float | None  # None: the first token of an echoed prompt
-    top: tuple[tuple[int, float], ...]  # likeliest first
 
 
 class Offsets:

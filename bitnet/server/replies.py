@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitnet.server.logprobs import Offsets, Reply, Scored, Spell, chat_logprobs, completion_logprobs
+from bitnet.scored import Scored
+from bitnet.server.logprobs import Offsets, Reply, Spell, chat_logprobs, completion_logprobs
 
 __all__ = [
     "Finished",
