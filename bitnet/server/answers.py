@@ -154,10 +154,6 @@ class Answer:
         if length > room:
             sentence = f"the prompt has {length} tokens, and the context holds {room}"
             raise ApiError(400, sentence, code="context_length_exceeded")
-        known = self._engine.model.config.vocab_size
-        bad = next((id_ for id_ in prompt.ids if not 0 <= id_ < known), None)
-        if bad is not None:
-            raise ApiError(400, f"the prompt has the id {bad}, the model knows 0 to {known - 1}", param="prompt")
         seed = secrets.randbits(64) if o.seed is None else o.seed
         loop = asyncio.get_running_loop()
         for i in range(o.n):

@@ -29,12 +29,13 @@ def listen(application: Application, host: str, port: int) -> int:
 
     Raises ConfigError for an address that cannot be had, and whatever kept the model from being opened.
     """
+    if not 0 <= port < 65536:
+        raise ConfigError(f"cannot listen on {host} port {port}: a port is 0 to 65535")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         place = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
     config = uvicorn.Config(
         application.starlette(), log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="on", ws="none",
         server_header=False,
