@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_what_has_no_values_reads_as_none() -> None:
         assert np.isnan(y.numpy()).all()
         assert np.isnan(ops.sum(x).item())
         assert i.item() == -1
-        assert "nan" in repr(x)
+        assert repr(bitnet.zeros((1,))) == "Tensor([nan], shape=(1,), dtype='f32', device='meta')"
     x.copy_(np.zeros((2, 3)))
     host = bitnet.zeros((2, 3))
     host.copy_(x)
@@ -57,8 +58,43 @@ def test_memory_elsewhere_is_lent_to_nobody() -> None:
 
 
 def test_devices_do_not_mix() -> None:
-    with pytest.raises(ValueError, match="one tensor is on meta, the other on cpu"):
-        ops.add(bitnet.zeros((2,), device="meta"), bitnet.zeros((2,)))
+    def there(*shape: int, dtype: str = "f32") -> bitnet.Tensor:
+        return bitnet.zeros(shape, dtype, "meta")
+
+    x, here = there(1, 4, 2, 8), bitnet.zeros
+    cases: list[Callable[[], object]] = [
+        lambda: ops.add(there(2), here((2,))),
+        lambda: ops.mul(here((2,)), there(2)),
+        lambda: ops.matmul(there(2, 2), here((2, 2))),
+        lambda: ops.linear(there(2, 2), here((2, 2))),
+        lambda: ops.bitlinear(here((2, 2)), there(2, 2)),
+        lambda: ops.linear(here((2, 2)), here((2, 2)), there(2, 2)),
+        lambda: ops.embedding(there(2, dtype="i32"), here((4, 4))),
+        lambda: ops.embedding(here((2,), "i32"), there(4, 4)),
+        lambda: ops.rmsnorm(there(2, 8), here((8,))),
+        lambda: ops.swiglu(there(2, 8), here((2, 8))),
+        lambda: ops.rope(x, here((9, 4)), here((9, 4))),
+        lambda: ops.rope(here((1, 4, 2, 8)), here((9, 4)), here((9, 4)), there(1, dtype="i32")),
+        lambda: ops.attention(x, here((1, 4, 2, 8)), here((1, 4, 2, 8))),
+        lambda: ops.attention(here((1, 4, 2, 8)), here((2, 9, 2, 8)), here((2, 9, 2, 8)), there(1, dtype="i32")),
+        lambda: ops.cache_append(x, here((2, 9, 2, 8)), here((1,), "i32")),
+        lambda: ops.cross_entropy(here((2, 8)), here((5, 8)), there(2, dtype="i32")),
+        lambda: ops.cross_entropy(there(2, 8), here((5, 8)), here((2,), "i32")),
+        lambda: _core.flatten([here((2, 2)), there(2, 2)]),
+        lambda: _core.prepare_ternary(there(2, 2, dtype="i8"), here((2,))),
+        lambda: _core.prepare_ternary(here((2, 2), "i8"), there(2)),
+        lambda: _core.hold_ternary_codes(here((2, 2)), there(2, 2, dtype="i8"), here((1,))),
+        lambda: _core.hold_ternary_codes(here((2, 2)), here((2, 2), "i8"), there(1)),
+        lambda: _core.pack_fifths(there(5, dtype="i8")),
+        lambda: _core.pack_ternary(there(4, dtype="i8")),
+        lambda: there(2).__dlpack_device__(),
+    ]
+    for case in cases:
+        with bitnet.no_grad(), pytest.raises(ValueError, match="on (meta|cpu).* on (meta|cpu)"):  # noqa: RUF043
+            case()
+    model = bitnet.BitNetForCausalLM(bitnet.BitNetConfig.preset("char"))
+    with ops.device("meta"), pytest.raises(ValueError, match="embedding: one tensor is on cpu, another on meta"):
+        model(np.zeros((1, 4), np.int32))
 
 
 def test_a_block_is_counted_and_given_back() -> None:

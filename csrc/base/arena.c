@@ -96,6 +96,9 @@ static void trim(bn_arena *arena) {
         arena->cached_count[c] = 0;
     }
     arena->stats.cached = 0;
+    if (arena->stats.in_use == 0) {
+        arena->used = 0; /* nobody has an address of it: all can be given out again */
+    }
 }
 
 bn_status bn_arena_allocate(bn_arena *arena, size_t bytes, void **out) {

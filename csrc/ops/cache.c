@@ -23,7 +23,6 @@ bn_status bn_require_cache(const char *op, const char *argument, const bn_tensor
             return bn_fail(BN_ERR_SHAPE, "%s: scales %s do not fit %s %s", op, bn_shape_print(scale, &a), argument,
                            bn_shape_print(cache, &b));
         }
-        return bn_require_same_device(op, cache, scale);
     }
     return BN_OK;
 }

@@ -79,7 +79,6 @@ const bn_op bn_op_compact_linear = {"compact_linear", forward, NULL};
 static bn_status check(bn_tensor *x, const bn_tensor *weight, int64_t top) {
     BN_TRY(bn_require_dtype("compact_linear", "x", x, BN_F32));
     BN_TRY(bn_require_dtype("compact_linear", "weight", weight, BN_COMPACT));
-    BN_TRY(bn_require_same_device("compact_linear", x, weight));
     if (x->ndim < 1 || bn_last_dim(x) != weight->shape[1]) {
         return bn_fail(BN_ERR_SHAPE, "compact_linear: x has %lld channels, weight expects %lld",
                        (long long)bn_last_dim(x), (long long)weight->shape[1]);

@@ -72,7 +72,6 @@ const bn_op bn_op_matmul = {"matmul", forward, backward};
 bn_status bn_matmul(bn_tensor *a, bn_tensor *b, bn_tensor **out) {
     BN_TRY(bn_require_dtype("matmul", "a", a, BN_F32));
     BN_TRY(bn_require_dtype("matmul", "b", b, BN_F32));
-    BN_TRY(bn_require_same_device("matmul", a, b));
     bool fits = a->ndim >= 2 && b->ndim >= 2 && bn_last_dim(a) == b->shape[b->ndim - 2];
     if (b->ndim > 2) {
         fits = fits && a->ndim == b->ndim && memcmp(a->shape, b->shape, (size_t)(b->ndim - 2) * sizeof *b->shape) == 0;

@@ -26,14 +26,6 @@ bn_status bn_require_same_shape(const char *op, const bn_tensor *a, const bn_ten
         bn_shape_text x, y;
         return bn_fail(BN_ERR_SHAPE, "%s: shapes %s and %s differ", op, bn_shape_print(a, &x), bn_shape_print(b, &y));
     }
-    return bn_require_same_device(op, a, b);
-}
-
-bn_status bn_require_same_device(const char *op, const bn_tensor *a, const bn_tensor *b) {
-    if (bn_backend_of(a) != bn_backend_of(b)) {
-        return bn_fail(BN_ERR_VALUE, "%s: one tensor is on %s, the other on %s", op, bn_backend_of(a)->name,
-                       bn_backend_of(b)->name);
-    }
     return BN_OK;
 }
 

@@ -14,7 +14,6 @@
 BN_CHECKED bn_status bn_require_dtype(const char *op, const char *argument, const bn_tensor *t, bn_dtype dtype);
 BN_CHECKED bn_status bn_require_ndim(const char *op, const char *argument, const bn_tensor *t, int ndim);
 BN_CHECKED bn_status bn_require_same_shape(const char *op, const bn_tensor *a, const bn_tensor *b);
-BN_CHECKED bn_status bn_require_same_device(const char *op, const bn_tensor *a, const bn_tensor *b);
 /* Every index is in [0, limit), or is *ignore where that is given. Read at run time, so a replayed op checks its new
  * inputs too. */
 BN_CHECKED bn_status bn_require_index(const char *op, const char *what, const bn_tensor *index, int64_t limit,

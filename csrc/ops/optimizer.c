@@ -12,7 +12,10 @@ static bn_status flat_size(bn_tensor *const *params, int64_t count, int64_t *out
     for (int64_t i = 0; i < count; i++) {
         const bn_tensor *p = params[i];
         BN_TRY(bn_require_dtype("flatten", "parameter", p, BN_F32));
-        BN_TRY(bn_require_same_device("flatten", p, params[0]));
+        if (bn_backend_of(p) != bn_backend_of(params[0])) {
+            return bn_fail(BN_ERR_VALUE, "flatten: parameter %lld is on %s, the first on %s", (long long)i,
+                           bn_backend_of(p)->name, bn_backend_of(params[0])->name);
+        }
         if (!bn_is_leaf(p)) {
             return bn_fail(BN_ERR_STATE, "flatten: parameter %lld was made by an op", (long long)i);
         }

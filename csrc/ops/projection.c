@@ -28,7 +28,6 @@ bn_status bn_projection_check(const char *op, const bn_projection *p) {
                        bn_dtype_name(weight->dtype));
     }
     BN_TRY(bn_require_ndim(op, "weight", weight, 2));
-    BN_TRY(bn_require_same_device(op, x, weight));
     if (x->ndim < 1 || bn_last_dim(x) != weight->shape[1]) {
         return bn_fail(BN_ERR_SHAPE, "%s: x has %lld channels, weight expects %lld", op, (long long)bn_last_dim(x),
                        (long long)weight->shape[1]);

@@ -34,6 +34,14 @@ const bn_backend *bn_parse_device(PyObject *name) {
     return text == NULL ? NULL : find(text);
 }
 
+bool bn_lies_on(const bn_tensor *tensor, const bn_backend *device, const char *who) {
+    if (bn_backend_of(tensor) == device) {
+        return true;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: a tensor is on %s, not on %s", who, bn_backend_of(tensor)->name, device->name);
+    return false;
+}
+
 static PyObject *get_device(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;

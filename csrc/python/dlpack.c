@@ -114,9 +114,9 @@ PyObject *bn_dlpack_export(PyObject *self, PyObject *args, PyObject *kwargs) {
 }
 
 PyObject *bn_dlpack_device(PyObject *self, PyObject *unused) {
-    (void)self;
     (void)unused;
-    return Py_BuildValue("(ii)", DL_CPU, 0);
+    const bn_tensor *t = ((bn_py_tensor *)self)->tensor;
+    return bn_lies_on(t, bn_cpu_backend(), "DLPack") ? Py_BuildValue("(ii)", DL_CPU, 0) : NULL;
 }
 
 static void end_import(void *owner) {

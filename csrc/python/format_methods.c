@@ -18,6 +18,9 @@ static PyObject *pack_fifths(PyObject *module, PyObject *object) {
     if (codes->dtype != BN_I8) {
         return PyErr_Format(PyExc_TypeError, "pack_fifths: codes are %s, expected i8", bn_dtype_name(codes->dtype));
     }
+    if (!bn_lies_on(codes, bn_cpu_backend(), "pack_fifths")) {
+        return NULL;
+    }
     uint8_t *bytes;
     PyObject *array = bn_new_byte_array((size_t)bn_fifths_bytes(codes->count), &bytes);
     if (array == NULL) {

@@ -62,6 +62,8 @@ extern PyMethodDef bn_op_methods[], bn_core_methods[], bn_ternary_methods[], bn_
 const bn_backend *bn_device(void);
 /* "cpu", "cuda", "meta"; NULL or None: bn_device(). NULL with an exception set. */
 const bn_backend *bn_parse_device(PyObject *name);
+/* Whether a tensor lies there; false with an exception set. */
+bool bn_lies_on(const bn_tensor *tensor, const bn_backend *device, const char *who);
 
 /* sequence.c */
 /* Core tensors of a sequence, to be freed, borrowed from *items, to be released; NULL with an exception set. */

@@ -471,9 +471,11 @@ static PyObject *tensor_repr(PyObject *self) {
                  : PyObject_CallMethod(numpy, "array2string", "OOOOs", array, Py_None, Py_None, Py_None, ", ");
     if (values != NULL) {
         bn_shape_text shape;
-        text = PyUnicode_FromFormat("Tensor(%U, shape=%s, dtype='%s'%s)", values, bn_shape_print(core(self), &shape),
-                                    bn_dtype_name(core(self)->dtype),
-                                    core(self)->requires_grad ? ", requires_grad=True" : "");
+        const bool elsewhere = bn_backend_of(core(self)) != bn_cpu_backend();
+        text = PyUnicode_FromFormat("Tensor(%U, shape=%s, dtype='%s'%s%s%s%s)", values,
+                                    bn_shape_print(core(self), &shape), bn_dtype_name(core(self)->dtype),
+                                    elsewhere ? ", device='" : "", elsewhere ? bn_backend_of(core(self))->name : "",
+                                    elsewhere ? "'" : "", core(self)->requires_grad ? ", requires_grad=True" : "");
     }
     Py_XDECREF(values);
     Py_XDECREF(array);

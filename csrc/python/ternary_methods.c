@@ -78,6 +78,10 @@ static bool parse_scales(PyObject *module, PyObject *object, float *one, bn_tern
                      bn_shape_print(scales, &text));
         return false;
     }
+    const bn_backend *device = source->codes == NULL ? bn_cpu_backend() : bn_backend_of(source->codes);
+    if (!bn_lies_on(scales, device, "scales of a ternary weight")) {
+        return false;
+    }
     source->scale = bn_f32(scales);
     source->channel_scales = true;
     return true;
@@ -191,6 +195,9 @@ static PyObject *pack_ternary(PyObject *module, PyObject *object) {
     }
     if (codes->dtype != BN_I8) {
         return PyErr_Format(PyExc_TypeError, "pack_ternary: codes are %s, expected i8", bn_dtype_name(codes->dtype));
+    }
+    if (!bn_lies_on(codes, bn_cpu_backend(), "pack_ternary")) {
+        return NULL;
     }
     bn_status status = bn_tensor_new(bn_cpu_backend(), BN_TERNARY2, codes->ndim, codes->shape, &packed);
     if (status != BN_OK) {

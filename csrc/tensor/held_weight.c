@@ -79,6 +79,10 @@ bn_status bn_ternary_hold_codes(bn_tensor *weight, const bn_tensor *codes, const
         return bn_fail(BN_ERR_SHAPE, "the codes to hold are %s of shape %s, not i8 of the weight's %s",
                        bn_dtype_name(codes->dtype), bn_shape_print(codes, &a), bn_shape_print(weight, &b));
     }
+    if (bn_backend_of(codes) != bn_backend_of(weight) || bn_backend_of(scale) != bn_backend_of(weight)) {
+        return bn_fail(BN_ERR_VALUE, "the codes to hold are on %s, their scales on %s, the weight on %s",
+                       bn_backend_of(codes)->name, bn_backend_of(scale)->name, bn_backend_of(weight)->name);
+    }
     const int64_t scales = weight->channel_scales ? weight->shape[0] : 1;
     if (scale->dtype != BN_F32 || scale->count != scales) {
         return bn_fail(BN_ERR_SHAPE, "the codes to hold have %lld scales in %s, the weight has %lld in f32",

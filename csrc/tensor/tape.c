@@ -221,6 +221,18 @@ static bn_status append(bn_tape *tape, const bn_node *node) {
     return BN_OK;
 }
 
+/* Every op that reads a tensor comes by here: no launch meets memory of two devices. */
+static bn_status refuse_other_devices(const bn_node *node) {
+    const bn_backend *home = bn_backend_of(node->output);
+    for (int i = 0; i < BN_NODE_INPUTS; i++) {
+        if (node->inputs[i] != NULL && bn_backend_of(node->inputs[i]) != home) {
+            return bn_fail(BN_ERR_VALUE, "%s: one tensor is on %s, another on %s", node->op->name, home->name,
+                           bn_backend_of(node->inputs[i])->name);
+        }
+    }
+    return BN_OK;
+}
+
 static bn_status refuse_other_tapes(const bn_tape *tape, const bn_node *node) {
     for (int i = 0; i < BN_NODE_INPUTS; i++) {
         if (node->inputs[i] != NULL && node->inputs[i]->tape != NULL && node->inputs[i]->tape != tape) {
@@ -257,6 +269,7 @@ static bool is_of_open_segment(const bn_tape *tape, const bn_node *node) {
 bn_status bn_tape_run(bn_node *node, bn_tensor **out) {
     bn_tape *tape;
     node->precision = precision;
+    BN_NODE_TRY(node, refuse_other_devices(node));
     BN_NODE_TRY(node, current_tape(&tape));
     const bool grad = node->op->backward != NULL && bn_wants_grad(node->inputs, BN_NODE_INPUTS);
     const bool record = grad || tape->is_explicit || is_of_open_segment(tape, node);
