@@ -49,6 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     where.add_argument("--quiet", action="store_true", help="no line for each request")
     room = parser.add_argument_group("room and speed")
     room.add_argument("--slots", type=int, default=4, metavar="N", help="sequences that are decoded at once (4)")
+    room.add_argument("--queue", type=int, default=256, metavar="N", help="texts that may wait for a slot (256)")
     room.add_argument("--context", type=int, metavar="N", help="tokens of a sequence (as many as the model reads)")
     room.add_argument("--cache-dtype", choices=tuple(DTYPES), default="f32", help="of keys and values (f32)")
     room.add_argument("--threads", type=int, default=0, metavar="N", help="kernel threads (one a core)")
@@ -87,7 +88,7 @@ def open_service(args: argparse.Namespace) -> Service:
         f"{engine.slots} slots of {engine.capacity:,} tokens, {size(engine.cache_bytes)} of keys and values",
         flush=True,
     )
-    return Service(name, engine, tokenizer, template, defaults)
+    return Service(name, engine, tokenizer, template, defaults, args.queue)
 
 
 def serve(args: argparse.Namespace) -> int:

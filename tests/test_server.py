@@ -286,6 +286,24 @@ def test_keys(model: bitnet.BitNetForCausalLM) -> None:
             assert "access-control-allow-origin" not in http.options("/v1/completions", headers=asked).headers
 
 
+def test_a_crowd_is_told_to_come_again(place: tuple[str, Application]) -> None:
+    """Texts wait up to the queue's length; one request alone may be longer."""
+    url, application = place
+    assert application.service is not None
+    load, application.service.queue = application.service.engine.load, 3
+    body = {"prompt": "x", "max_tokens": 150, "logit_bias": {"256": -100}}
+    try:
+        with httpx.Client(base_url=url) as http:
+            assert http.post("/v1/completions", json={**body, "n": 200, "prompt": ["x", "y"]}).status_code == 400
+            with http.stream("POST", "/v1/completions", json={**body, "n": 60, "stream": True}) as reply:
+                next(reply.iter_lines())
+                refused = http.post("/v1/completions", json=body)
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        wait_for(lambda: load.running == 0)
+    finally:
+        application.service.queue = 256
+
+
 # ---- a server's life ------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from bitnet.text_stream import Spelling, prompt_ids
 from bitnet.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # where a completion does not say: as OpenAI's API
+MOST_CHOICES = 256  # texts of one request: prompts times n
 REASONS = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
@@ -51,12 +52,13 @@ class Defaults:
 class Prompt:
     """What a request's choices continue: ids, where a text ends, and what is given back before it.
 
-    score: whether the prompt's own tokens are scored.
+    most: tokens of a choice; None: as many as there is room for. score: whether the prompt's own tokens are scored.
     """
 
     ids: list[int]
     ends: frozenset[int]
     stops: tuple[str, ...]
+    most: int | None
     echo: str = ""
     score: bool = False
 
@@ -115,6 +117,32 @@ class Choice:
         return Finished(self.index, self.text, self.finish_reason or "stop", scores, prompt, self.drawn, reused)
 
 
+def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
+    """What a completion continues. Raises ApiError for what the tokenizer refuses."""
+    o, ends = request.options, _ends(tokenizer)
+    most = COMPLETION_TOKENS if o.max_tokens is None else o.max_tokens
+    prompts = []
+    for prompt in request.prompts:
+        with _refusals():
+            ids = prompt_ids(tokenizer, prompt)
+            echo = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        score = request.echo and o.logprobs is not None
+        prompts.append(Prompt(ids, ends, o.stop, most, echo if request.echo else "", score))
+    return prompts
+
+
+def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, template: Template) -> Prompt:
+    """The conversation up to its next message. Raises ApiError for what the template refuses."""
+    o = request.options
+    with _refusals():
+        ids = encode(tokenizer, template.parts(request.messages))
+    return Prompt(ids, _ends(tokenizer) | template.end_ids, (*o.stop, *template.stops), o.max_tokens)
+
+
+def _ends(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+
+
 class Answer:
     """The choices of one request. Iterated over, it decodes them and gives their pieces as they come.
 
@@ -124,33 +152,19 @@ class Answer:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, defaults: Defaults) -> None:
         self.choices: list[Choice] = []
         self._engine, self._tokenizer, self._defaults = engine, tokenizer, defaults
-        self._ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         self._events: asyncio.Queue[tuple[Choice, Event | BitnetError]] = asyncio.Queue()
 
-    def complete(self, request: CompletionRequest) -> Answer:
-        """Each prompt is continued n times, in this order."""
-        o = request.options
-        most = COMPLETION_TOKENS if o.max_tokens is None else o.max_tokens
-        for prompt in request.prompts:
-            with _refusals():
-                ids = prompt_ids(self._tokenizer, prompt)
-                echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            score = request.echo and o.logprobs is not None
-            self._add(Prompt(ids, self._ends, o.stop, echo if request.echo else "", score), o, most)
+    def add(self, prompts: Sequence[Prompt], o: Options) -> Answer:
+        """Each prompt is continued n times, in this order. Nothing is decoded before the answer is iterated over."""
+        if o.n * len(prompts) > MOST_CHOICES:
+            raise ApiError(400, f"{len(prompts)} prompts times n {o.n} are more than {MOST_CHOICES} texts", param="n")
+        for prompt in prompts:
+            self._add(prompt, o)
         return self
 
-    def chat(self, request: ChatRequest, template: Template) -> Answer:
-        """The conversation's next message, n times."""
-        o = request.options
-        with _refusals():
-            ids = encode(self._tokenizer, template.parts(request.messages))
-        room = max(1, self._engine.capacity - len(ids) + 1)
-        ends, stops = self._ends | template.end_ids, (*o.stop, *template.stops)
-        self._add(Prompt(ids, ends, stops), o, room if o.max_tokens is None else o.max_tokens)
-        return self
-
-    def _add(self, prompt: Prompt, o: Options, most: int) -> None:
+    def _add(self, prompt: Prompt, o: Options) -> None:
         length, room = len(prompt.ids), self._engine.capacity
+        most = max(1, room - length + 1) if prompt.most is None else prompt.most
         if length > room:
             sentence = f"the prompt has {length} tokens, and the context holds {room}"
             raise ApiError(400, sentence, code="context_length_exceeded")

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from bitnet.chat_template import Template
 from bitnet.errors import BitnetError
 from bitnet.server import protocol, replies
-from bitnet.server.answers import Answer, Defaults, Piece
+from bitnet.server.answers import Answer, Defaults, Piece, Prompt, chat_prompt, completion_prompts
 from bitnet.server.dialects import Chats, Completions, Dialect, spelling
 from bitnet.server.engine import Engine
 from bitnet.server.metrics import exposition
@@ -43,13 +43,14 @@ SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 @dataclass
 class Service:
-    """A model that answers; what `load` of make_app gives."""
+    """A model that answers. queue: texts that may wait for a slot; a request beyond them is refused."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     template: Template
     defaults: Defaults
+    queue: int = 256
 
 
 @dataclass(frozen=True)
@@ -151,19 +152,25 @@ class Application:
     async def completions(self, request: Request) -> Response:
         service = self.ready(request)
         asked = protocol.completion_request(await _json(request))
-        answer = Answer(service.engine, service.tokenizer, service.defaults).complete(asked)
+        prompts = await asyncio.to_thread(completion_prompts, asked, service.tokenizer)
         dialect = Completions(service.name, asked.options, spelling(service.tokenizer))
-        return await self._answer(request, answer, asked.options, dialect)
+        return await self._answer(request, service, prompts, asked.options, dialect)
 
     async def chat(self, request: Request) -> Response:
         service = self.ready(request)
         asked = protocol.chat_request(await _json(request))
-        answer = Answer(service.engine, service.tokenizer, service.defaults).chat(asked, service.template)
+        prompt = await asyncio.to_thread(chat_prompt, asked, service.tokenizer, service.template)
         dialect = Chats(service.name, asked.options, spelling(service.tokenizer))
-        return await self._answer(request, answer, asked.options, dialect)
+        return await self._answer(request, service, [prompt], asked.options, dialect)
 
-    async def _answer(self, request: Request, answer: Answer, options: Options, dialect: Dialect) -> Response:
+    async def _answer(
+        self, request: Request, service: Service, prompts: list[Prompt], options: Options, dialect: Dialect
+    ) -> Response:
         start = time.perf_counter()
+        answer = Answer(service.engine, service.tokenizer, service.defaults).add(prompts, options)
+        waiting = service.engine.load.waiting
+        if waiting and waiting + len(answer.choices) > service.queue:
+            raise ApiError(429, f"{waiting} texts wait for a slot already: try again later", "rate_limit_error")
         if options.stream:
             return StreamingResponse(self._events(request, answer, options, dialect, start), 200, SSE_HEADERS, SSE)
         try:
@@ -252,7 +259,7 @@ async def _json(request: Request) -> dict[str, Any]:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    if error.status == 503:
+    if error.status in (429, 503):
         headers["Retry-After"] = "1"
     return JSONResponse(error.body(), error.status, headers)
 
