@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         import bitnet
 
         metafunc.parametrize("isa", bitnet.isa_names(), indirect=True)
+
+
+def pytest_collection_finish() -> None:
+    # What the test files import lives as long as they do: millions of objects of PyTorch and its like, through which
+    # every collection of every test would walk.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
