@@ -47,7 +47,7 @@ def test_the_weakest_set_is_always_there() -> None:
 @pytest.mark.parametrize("act", ["silu", "relu2"])
 @pytest.mark.parametrize("linear", ["bitlinear", "linear"])
 def test_model_and_training(act: str, linear: str) -> None:
-    """Logits, loss, every gradient, and every parameter after three steps. T = 70 crosses a block of attention keys."""
+    """Logits, loss, every gradient, and every parameter after two steps. T = 70 crosses a block of attention keys."""
     config = bitnet.BitNetConfig(
         vocab_size=301,
         hidden_size=72,
@@ -73,7 +73,7 @@ def test_model_and_training(act: str, linear: str) -> None:
         model = bitnet.BitNetForCausalLM(config, seed=5)
         optimizer = bitnet.optim.AdamW(model, lr=1e-2)
         result = {"logits": model(tokens).numpy().copy()}
-        for step in range(3):
+        for step in range(2):
             optimizer.zero_grad()
             loss = model(tokens, targets)
             result[f"loss {step}"] = np.float64(loss.item())
@@ -136,7 +136,7 @@ def test_fast_gradients(op: str, rows: int, inner: int, outer: int, isa: str) ->
 
 
 @quick
-@given(few, st.integers(1, 140), few, few, st.integers(1, 20), st.integers(0, 99))
+@given(st.integers(1, 2), st.integers(1, 140), st.integers(1, 2), few, st.integers(1, 20), st.integers(0, 99))
 def test_attention(batch: int, time: int, kv: int, group: int, half: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=(batch, time, h, 2 * half)).astype(np.float32) for h in (kv * group, kv, kv))
