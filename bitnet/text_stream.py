@@ -40,7 +40,8 @@ class StopFilter:
             cut = min(found)[1]
             self._held = ""
         else:
-            starts = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            longest = len(text) + 1  # of a beginning that may be its end
+            starts = (n for stop in self._stops for n in range(1, min(len(stop), longest)) if text.endswith(stop[:n]))
             cut = len(text) - max(starts, default=0)
             self._held = text[cut:]
         return text[:cut]
