@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 from bitnet.batching import Event
 from bitnet.chat_template import Template, encode
 from bitnet.errors import BitnetError
 from bitnet.sampling import Sampler
 from bitnet.scored import Scored
-from bitnet.server.engine import Engine, Job
+from bitnet.server.engine import Engine, Job, StoppedError
 from bitnet.server.protocol import ApiError, ChatRequest, CompletionRequest, Options
 from bitnet.server.replies import Finished
 from bitnet.text_stream import Spelling, prompt_ids
@@ -79,7 +80,7 @@ class Choice:
 
     index: int
     job: Job
-    spelling: Spelling
+    begin: Callable[[], Spelling]
     echo: str
     most: int
     text: str = ""
@@ -87,6 +88,11 @@ class Choice:
     scored: list[Scored] = field(default_factory=list)
     shown: int = 0  # of `scored`, in pieces that are out
     finish_reason: str | None = None
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Made with the first token: each reads its prompt, and a request may have thousands."""
+        return self.begin()
 
     def take(self, event: Event) -> Piece:
         """What an event adds."""
@@ -117,26 +123,38 @@ class Choice:
         return Finished(self.index, self.text, self.finish_reason or "stop", scores, prompt, self.drawn, reused)
 
 
-def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
-    """What a completion continues. Raises ApiError for what the tokenizer refuses."""
+def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, engine: Engine) -> list[Prompt]:
+    """What a completion continues. Raises ApiError for what tokenizer or model cannot read."""
     o, ends = request.options, _ends(tokenizer)
     most = COMPLETION_TOKENS if o.max_tokens is None else o.max_tokens
     prompts = []
     for prompt in request.prompts:
         with _refusals():
-            ids = prompt_ids(tokenizer, prompt)
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        score = request.echo and o.logprobs is not None
-        prompts.append(Prompt(ids, ends, o.stop, most, echo if request.echo else "", score))
+            ids, echo = _readable(prompt_ids(tokenizer, prompt), engine), ""
+            if request.echo:
+                echo = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        prompts.append(Prompt(ids, ends, o.stop, most, echo, request.echo and o.logprobs is not None))
     return prompts
 
 
-def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, template: Template) -> Prompt:
-    """The conversation up to its next message. Raises ApiError for what the template refuses."""
+def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, engine: Engine, template: Template) -> Prompt:
+    """The conversation up to its next message. Raises ApiError for what template or model cannot read."""
     o = request.options
     with _refusals():
-        ids = encode(tokenizer, template.parts(request.messages))
+        ids = _readable(encode(tokenizer, template.parts(request.messages)), engine)
     return Prompt(ids, _ends(tokenizer) | template.end_ids, (*o.stop, *template.stops), o.max_tokens)
+
+
+def _readable(ids: list[int], engine: Engine) -> list[int]:
+    """Ids that the model knows, as many as it reads."""
+    room, known = engine.capacity, engine.model.config.vocab_size
+    if len(ids) > room:
+        sentence = f"the prompt has {len(ids)} tokens, and the context holds {room}"
+        raise ApiError(400, sentence, code="context_length_exceeded")
+    bad = next((id_ for id_ in ids if not 0 <= id_ < known), None)
+    if bad is not None:
+        raise ApiError(400, f"the prompt has the id {bad}, the model knows 0 to {known - 1}", param="prompt")
+    return ids
 
 
 def _ends(tokenizer: Tokenizer) -> frozenset[int]:
@@ -163,17 +181,15 @@ class Answer:
         return self
 
     def _add(self, prompt: Prompt, o: Options) -> None:
-        length, room = len(prompt.ids), self._engine.capacity
-        most = max(1, room - length + 1) if prompt.most is None else prompt.most
-        if length > room:
-            sentence = f"the prompt has {length} tokens, and the context holds {room}"
-            raise ApiError(400, sentence, code="context_length_exceeded")
+        most = max(1, self._engine.capacity - len(prompt.ids) + 1) if prompt.most is None else prompt.most
+        begin = partial(Spelling, self._tokenizer, prompt.ids, prompt.stops)
+        with _refusals():
+            begin()  # ids that the model has, but not the tokenizer
         seed = secrets.randbits(64) if o.seed is None else o.seed
         loop = asyncio.get_running_loop()
         for i in range(o.n):
             with _refusals():
-                sampler = self._defaults.sampler(o, (seed + i) % 2**64, length)
-                spelling = Spelling(self._tokenizer, prompt.ids, prompt.stops)
+                sampler = self._defaults.sampler(o, (seed + i) % 2**64, len(prompt.ids))
 
             def deliver(event: Event | BitnetError, place: int = len(self.choices)) -> None:
                 with suppress(RuntimeError):  # the server has stopped
@@ -183,7 +199,7 @@ class Answer:
                 prompt.ids, sampler, max(most, 1), prompt.ends, self._tokenizer.vocab_size, deliver, o.logprobs,
                 prompt.score,
             )  # fmt: skip
-            self.choices.append(Choice(len(self.choices), job, spelling, prompt.echo, most))
+            self.choices.append(Choice(len(self.choices), job, begin, prompt.echo, most))
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         for choice in self.choices:
@@ -191,6 +207,8 @@ class Answer:
         going = len(self.choices)
         while going:
             choice, event = await self._events.get()
+            if isinstance(event, StoppedError):
+                raise ApiError(503, str(event), "unavailable_error")
             if isinstance(event, BitnetError):
                 raise ApiError(500, str(event), "server_error")
             if choice.finish_reason is not None:
@@ -215,5 +233,7 @@ def _refusals() -> Iterator[None]:
     """What the model, its tokenizer or its template refuse is the request's fault."""
     try:
         yield
+    except ApiError:
+        raise
     except BitnetError as error:
         raise ApiError(400, str(error)) from None

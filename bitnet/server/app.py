@@ -37,6 +37,7 @@ from bitnet.tokenizer import Tokenizer
 
 MOST_BYTES = 8 << 20  # of a request's body
 PING_SECONDS = 10.0  # between comments in a stream that has nothing to say: proxies close silent connections
+STEP_SECONDS = 0.2  # that a step which is running has to end when the server does; then it is left alone
 SSE = "text/event-stream"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -79,8 +80,14 @@ class Application:
         try:
             yield
         finally:
+            self.stop()
             if self.service is not None:
-                self.service.engine.stop()
+                self.service.engine.join(STEP_SECONDS)
+
+    def stop(self) -> None:
+        """Ends what is being answered: who waits for it hears that the server stops."""
+        if self.service is not None:
+            self.service.engine.stop()
 
     def _open(self) -> None:
         try:
@@ -129,9 +136,7 @@ class Application:
 
     async def tokenize(self, request: Request) -> Response:
         service, body = self.ready(request), await _json(request)
-        text = body.get("content")
-        if not isinstance(text, str):
-            raise ApiError(400, "content must be a text", param="content")
+        text = protocol.checked_text(body.get("content"), "content")
         try:
             return JSONResponse({"tokens": service.tokenizer.encode(text)})
         except BitnetError as error:
@@ -152,14 +157,14 @@ class Application:
     async def completions(self, request: Request) -> Response:
         service = self.ready(request)
         asked = protocol.completion_request(await _json(request))
-        prompts = await asyncio.to_thread(completion_prompts, asked, service.tokenizer)
+        prompts = await asyncio.to_thread(completion_prompts, asked, service.tokenizer, service.engine)
         dialect = Completions(service.name, asked.options, spelling(service.tokenizer))
         return await self._answer(request, service, prompts, asked.options, dialect)
 
     async def chat(self, request: Request) -> Response:
         service = self.ready(request)
         asked = protocol.chat_request(await _json(request))
-        prompt = await asyncio.to_thread(chat_prompt, asked, service.tokenizer, service.template)
+        prompt = await asyncio.to_thread(chat_prompt, asked, service.tokenizer, service.engine, service.template)
         dialect = Chats(service.name, asked.options, spelling(service.tokenizer))
         return await self._answer(request, service, [prompt], asked.options, dialect)
 
@@ -227,7 +232,7 @@ class Application:
         ]
         origins = list(self.access.origins)
         cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-        handlers: Any = {ApiError: _refused, HTTPException: _unknown, Exception: _failed}
+        handlers: Any = {ApiError: _refused, ClientDisconnect: _left, HTTPException: _unknown, Exception: _failed}
         return Starlette(False, routes, [cors] if origins else [], handlers, lifespan=self.lifespan)
 
 
@@ -262,6 +267,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     if error.status in (429, 503):
         headers["Retry-After"] = "1"
     return JSONResponse(error.body(), error.status, headers)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """For a client that is gone: nobody reads it, and the log says nothing."""
+    return Response(status_code=400)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

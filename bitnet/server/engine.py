@@ -14,6 +14,13 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 
 
+class StoppedError(BitnetError):
+    """An engine that has stopped decodes nothing more."""
+
+
+STOPPED = StoppedError("the server is being stopped")
+
+
 @dataclass(eq=False)
 class Job:
     """A sequence to decode. `deliver` gets each of its events, and an error that ends it, on the engine's thread.
@@ -67,7 +74,7 @@ class Engine:
         self._left: set[Job] = set()  # jobs that nobody waits for any more
         self._live: dict[int, Job] = {}
         self._change = threading.Condition()
-        self._stopping = False
+        self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._run, name="bitnet engine", daemon=True)
         self._thread.start()
 
@@ -87,8 +94,11 @@ class Engine:
         return self._batch.cache_bytes
 
     def submit(self, job: Job) -> None:
-        """A job joins as soon as a slot is free."""
+        """A job joins as soon as a slot is free; it hears a StoppedError where none will be."""
         with self._change:
+            if self._closed:
+                job.deliver(STOPPED)
+                return
             self._waiting.append(job)
             self.load.waiting = len(self._waiting)
             self._change.notify()
@@ -99,11 +109,14 @@ class Engine:
             self._left.add(job)
             self._change.notify()
 
-    def stop(self, seconds: float = 1.0) -> None:
-        """Ends after the step that is running, for which it waits so long at most."""
+    def stop(self) -> None:
+        """Ends after the step that is running; whoever is in it or waits hears so."""
         with self._change:
             self._stopping = True
             self._change.notify()
+
+    def join(self, seconds: float) -> None:
+        """Waits until it has ended, so long at most."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -111,13 +124,14 @@ class Engine:
             start = time.perf_counter()
             try:
                 events = self._batch.step()
-            except (BitnetError, MemoryError) as error:
-                self._fail(error if isinstance(error, BitnetError) else BitnetError("the server is out of memory"))
+            except Exception as error:  # of whatever kind: those that wait for it must hear of it, and others go on
+                self._fail(error if isinstance(error, BitnetError) else BitnetError(f"the server failed: {error!r}"))
                 continue
             self.counters.steps += 1
             self.counters.busy_seconds += time.perf_counter() - start
             for event in events:
                 self._deliver(event)
+        self._close()
 
     def _admit(self) -> bool:
         """Lets jobs leave and join; waits while there is nothing to do. False when it is time to stop."""
@@ -173,3 +187,13 @@ class Engine:
             job.deliver(error)
         self._live.clear()
         self.load.running = 0
+
+    def _close(self) -> None:
+        """Whoever is in the batch or waits hears that nothing more comes."""
+        self._fail(STOPPED)
+        with self._change:
+            self._closed = True
+            for job in self._waiting:
+                job.deliver(STOPPED)
+            self._waiting.clear()
+            self.load.waiting = 0

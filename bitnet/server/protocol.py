@@ -15,7 +15,15 @@ from bitnet.chat_template import Message
 from bitnet.server.fields import UNSUPPORTED, ApiError, Fields, checked_text, is_number, refusal, shown
 from bitnet.server.messages import messages
 
-__all__ = ["ApiError", "ChatRequest", "CompletionRequest", "Options", "chat_request", "completion_request"]
+__all__ = [
+    "ApiError",
+    "ChatRequest",
+    "CompletionRequest",
+    "Options",
+    "chat_request",
+    "checked_text",
+    "completion_request",
+]
 
 MOST_CHOICES = MOST_PROMPTS = 128
 MOST_STOPS = 4
