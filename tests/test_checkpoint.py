@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -185,3 +186,25 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [3, 100, 5000]
     checkpoint.clean(tmp_path)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "edit", "none", "replaced"])
+def test_a_file_that_changes_between_opening_and_reading(tmp_path: Path, harm: str) -> None:
+    """Of a mapped file, bytes that were cut off would be SIGBUS, and others weights that no checksum has seen."""
+    put(tmp_path, 1)
+    file = checkpoint.folder_of(tmp_path, 1) / "model.safetensors"
+    opened = checkpoint.load(file.parent)
+    if harm == "cut":
+        os.truncate(file, 4096)
+    elif harm == "edit":
+        with open(file, "r+b") as data:
+            data.seek(-4, 2)
+            data.write(b"\xff\xff\xff\xff")
+    elif harm == "replaced":  # what was opened is still there
+        file.rename(file.with_name("old"))
+        file.write_bytes(b"")
+    if harm in ("none", "replaced"):
+        assert same(opened.model(), BitNetForCausalLM(SHAPE, 0))
+    else:
+        with pytest.raises(CheckpointError, match=rf"{file}: it changed while it was read; \S+ may not be"):
+            opened.model()

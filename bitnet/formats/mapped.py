@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,38 @@ from typing import Any
 from bitnet.errors import CheckpointError
 
 
-def map_file(path: Path, least: int, kind: str) -> mmap.mmap:
+class MappedFile(mmap.mmap):
+    """A file's bytes, read-only, and whether they may be others than when it was opened."""
+
+    _descriptor: int
+    _opened: tuple[int, int]
+
+    def __new__(cls, descriptor: int) -> MappedFile:
+        mapped = super().__new__(cls, descriptor, 0, access=mmap.ACCESS_READ)
+        mapped._descriptor, mapped._opened = os.dup(descriptor), _state(descriptor)
+        weakref.finalize(mapped, os.close, mapped._descriptor)
+        return mapped
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file was written to since: bytes that were cut off would end this process when looked at."""
+        return _state(self._descriptor) != self._opened
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    """What changes when a file does: its size, and when it was written to. One removed or replaced stays as it was."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
+def map_file(path: Path, least: int, kind: str) -> MappedFile:
     """A file's bytes, read-only. CheckpointError if it cannot be read or has fewer than `least` bytes of a `kind`."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < least:
                 raise CheckpointError(f"{path}: it is no {kind} file: it has {size} bytes")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return MappedFile(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -68,7 +68,12 @@ class SafetensorsFile:
         self._check_layout(begin)
 
     def array(self, name: str) -> Array:
-        """A tensor, as it lies in the file and read-only where it is aligned; BF16 as uint16."""
+        """A tensor, as it lies in the file and read-only where it is aligned; BF16 as uint16.
+
+        CheckpointError for a file that was written to since it was opened.
+        """
+        if self._map.has_changed:
+            raise self._refusal(f"it changed while it was read; {name} may not be what its header says")
         entry = self.entries[name]
         dtype = np.dtype(DTYPES[entry.dtype])
         count = (entry.end - entry.begin) // dtype.itemsize
