@@ -28,36 +28,60 @@ def system_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
 
 def _meminfo(path: Path) -> dict[str, int]:
     """Linux's own account, in bytes; empty elsewhere."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines)
-    return {name: 1024 * int(rest.split()[0]) for name, _, rest in pairs if rest.split()[:1] and rest.endswith("kB")}
+    pairs = (line.partition(":") for line in _lines(path) if line.endswith("kB"))
+    numbers = ((name, _number(rest.removesuffix("kB"))) for name, _, rest in pairs)
+    return {name: 1024 * number for name, number in numbers if number is not None}
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What a version of control groups calls its files; cache: the row of memory.stat that can be had back at once."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+FIRST = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+SECOND = _Version("memory.max", "memory.current", "inactive_file")
 
 
 def _limits(own: Path, root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes used) of every control group, of either version, that this process is in and that has a limit."""
-    try:
-        lines = own.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return
-    for line in lines:  # number:controllers:path, without controllers in version 2
-        _, controllers, path = line.split(":", 2)
+    """(limit, bytes used) of every control group, of either version, that this process is in and that has a limit.
+
+    Pages of files that nobody looked at of late are not counted as used.
+    """
+    for line in _lines(own):
+        _, _, rest = line.partition(":")  # number:controllers:path, without controllers in version 2
+        controllers, colon, path = rest.partition(":")
+        if not colon:
+            continue
         if controllers == "":
-            base, names = root, ("memory.max", "memory.current")
+            base, version = root, SECOND
         elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            base, version = root / "memory", FIRST
         else:
             continue
         group = base / path.strip("/")
         for folder in [group, *group.parents]:
-            try:
-                limit, used = ((folder / name).read_text(encoding="ascii").strip() for name in names)
-            except OSError:
-                pass  # the root group has none; in a container the path may lie outside what is mounted
-            else:
-                if limit != "max":
-                    yield int(limit), int(used)
+            # The root group has no limit; in a container the path may lie outside what is mounted.
+            limit, used = (_number("".join(_lines(folder / name)[:1])) for name in (version.limit, version.used))
+            if limit is not None and used is not None:
+                rows = dict(line.partition(" ")[::2] for line in _lines(folder / "memory.stat"))
+                yield limit, max(0, used - (_number(rows.get(version.cache, "")) or 0))
             if folder == base:
                 break
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of the system, whose names may hold any bytes; none where it is not there."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except (OSError, ValueError):  # ValueError: a path with a zero byte
+        return []
+
+
+def _number(text: str) -> int | None:
+    """A count; None for all else, such as "max"."""
+    text = text.strip()
+    return int(text) if len(text) < 20 and text.isascii() and text.isdecimal() else None

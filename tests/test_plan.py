@@ -148,6 +148,39 @@ def test_memory_of_the_machine_and_of_the_container(tmp_path: Path) -> None:
     assert system_memory(tmp_path / "none", groups).total > 10**6
 
 
+def test_pages_of_files_can_be_had_back(tmp_path: Path) -> None:
+    """A container that has read large files is full of them; of memory.stat, either version has a row for that."""
+    proc, group, first = tmp_path / "proc", tmp_path / "groups/box", tmp_path / "groups/memory/box"
+    for folder in (proc / "self", group, first):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:  1500 kB\n")
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 100000\nfile 750000\ninactive_file 700000\nodd\n")
+    (proc / "self/cgroup").write_text("0::/box\n")
+    assert system_memory(proc, tmp_path / "groups") == SystemMemory(1_000_000, 800_000)
+    (first / "memory.limit_in_bytes").write_text("500000\n")
+    (first / "memory.usage_in_bytes").write_text("400000\n")
+    (first / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 300000\n")
+    (proc / "self/cgroup").write_text("4:memory:/box\n")
+    assert system_memory(proc, tmp_path / "groups") == SystemMemory(500_000, 400_000)
+
+
+def test_nothing_that_a_system_says_stops_a_run(tmp_path: Path) -> None:
+    """Names of any bytes, lines without their parts, limits that are none: passed over, and the others count."""
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_bytes(b"\xff\nMemTotal:  2000 kB\nMemFree: many kB\nMemAvailable: kB\nSwap\n")
+    (groups / "größe/in").mkdir(parents=True)
+    (groups / "größe/memory.max").write_text("1000000\n")
+    (groups / "größe/memory.current").write_text("400000\n")
+    (groups / "größe/in/memory.max").write_text("-1\n")
+    (groups / "größe/in/memory.current").write_text("")
+    lines = ["", "odd", "1:memory", "2::", "0::/gr\0", "0::/größe/in"]
+    (proc / "self/cgroup").write_bytes("\n".join(lines).encode() + b"\n0::/\xff\n")
+    assert system_memory(proc, groups) == SystemMemory(1_000_000, 600_000)
+
+
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
