@@ -33,14 +33,18 @@ def choose_layout(codes: int, wanted: str = "auto") -> str:
 @functools.cache
 def measured_layout(isa: str, threads: int) -> str:
     """The layout whose rows are multiplied fastest by one activation, out of memory, on the present settings."""
+    with ops.device("cpu"), ops.no_grad():
+        return _fastest()
+
+
+def _fastest() -> str:
     fifths = np.zeros(ROWS * COLS // 5, np.uint8)
     weights = {layout: _core.prepare_fifths(fifths, ROWS, COLS, 1.0, layout) for layout in LAYOUTS}
     x = ops.tensor(np.ones((1, COLS), np.float32))
     seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
-    with ops.no_grad():
-        for _ in range(ROUNDS):
-            for layout, weight in weights.items():
-                start = perf_counter()
-                ops.bitlinear(x, weight)
-                seconds[layout].append(perf_counter() - start)
+    for _ in range(ROUNDS):
+        for layout, weight in weights.items():
+            start = perf_counter()
+            ops.bitlinear(x, weight)
+            seconds[layout].append(perf_counter() - start)
     return min(LAYOUTS, key=lambda layout: statistics.median(seconds[layout]))

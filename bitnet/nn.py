@@ -96,7 +96,7 @@ class Module:
         _core.zero_grad(list(self.parameters()))
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Copies of all parameters as f32 arrays by name. TypeError if a layer is packed: it has no latent weights."""
+        """Copies of all parameters as f32 arrays by name. TypeError for a packed layer, and on meta."""
         return {part.name: np.array(part.make()) for part in self.parts()}
 
     def parts(self) -> list[TensorPart]:
@@ -105,6 +105,9 @@ class Module:
             weight = vars(module).get("weight")
             if isinstance(weight, Tensor) and weight.dtype != "f32":
                 raise TypeError(f"state_dict: {path or 'this layer'} is packed and has no latent weights to give")
+        for name, parameter in self.named_parameters():
+            if parameter.device == "meta":
+                raise TypeError(f"state_dict: {name} lies on meta and has no values to give")
         return [TensorPart(name, "F32", weight.shape, weight.numpy) for name, weight in self.named_parameters()]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

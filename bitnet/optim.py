@@ -125,7 +125,8 @@ class AdamW:
                 for first in range(0, given.size, PIECE):
                     piece = given[first : first + PIECE]
                     window = _core.from_buffer(values[slot][first : first + PIECE], flat.dtype, piece.shape)
-                    window.copy_(ops.convert(ops.tensor(piece), flat.dtype))
+                    with ops.device("cpu"):
+                        window.copy_(ops.convert(ops.tensor(piece), flat.dtype))
             if flat.dtype != "f32":
                 flat.copy_(_core.from_buffer(values, flat.dtype, flat.shape))
         self.steps = int(state["steps"][0])

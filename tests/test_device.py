@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bitnet
-from bitnet import _core, ops
+from bitnet import _core, layout, ops
 from bitnet.decoder import Decoder
 
 
@@ -47,6 +47,28 @@ def test_what_has_no_values_reads_as_none() -> None:
     host = bitnet.zeros((2, 3))
     host.copy_(x)
     assert np.isnan(host.numpy()).all()
+
+
+def test_a_model_without_values_has_none_to_give() -> None:
+    with ops.device("meta"):
+        model = bitnet.BitNetForCausalLM(bitnet.BitNetConfig(257, 32, 48, 1, 2))
+    with pytest.raises(TypeError, match=r"state_dict: model\.embed_tokens\.weight lies on meta and has no values"):
+        model.state_dict()
+
+
+def test_what_is_on_the_cpu_is_made_there_wherever_tensors_are_made() -> None:
+    """The moments of an optimizer that is restored, and the trial of the layouts."""
+    model = bitnet.BitNetForCausalLM(bitnet.BitNetConfig(257, 32, 48, 1, 2))
+    optimizer = bitnet.optim.AdamW(model, moments="bf16")
+    state = {name: np.ones_like(values) for name, values in optimizer.state_dict().items()}
+    with ops.device("meta"):
+        optimizer.load_state_dict(state)
+    assert all((values == 1).all() for name, values in optimizer.state_dict().items() if name != "steps")
+    _core.memory_restart_peak("meta")
+    before = _core.memory_stats("meta")["high_water"]
+    with ops.device("meta"):
+        assert layout.measured_layout.__wrapped__("", 0) in layout.LAYOUTS
+    assert _core.memory_stats("meta")["high_water"] == before
 
 
 def test_memory_elsewhere_is_lent_to_nobody() -> None:
