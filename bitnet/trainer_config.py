@@ -64,7 +64,7 @@ class TrainerConfig:
     rollback_lr: float = option(0.5, "times the learning rate after a rollback, rising back to it", True)
     patience: int = option(0, "stop after so many evaluations in a row without a lower loss; 0: never", True)
     background_save: bool = option(
-        False, "write checkpoints while training goes on: 12 bytes a parameter more memory meanwhile", True
+        False, "write checkpoints while training goes on: 12 bytes a parameter more memory meanwhile, 16 with ema", True
     )
     tensorboard: bool = option(False, "write RUN/tensorboard (pip install 'bitnet[tensorboard]')", True)
     wandb: str | None = option(None, "project for Weights & Biases, offline unless WANDB_MODE says otherwise", True)
