@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet import _core, current_isa, get_threads, mfu, nn, set_threads
+from bitnet import _core, current_isa, get_threads, mfu, nn
 from bitnet.cache import DTYPES, KVCache
 from bitnet.command import exit_status, peak_memory
 from bitnet.config import PRESETS, BitNetConfig
@@ -28,6 +28,7 @@ from bitnet.decoding import Decoder
 from bitnet.errors import ConfigError
 from bitnet.generation_options import add_form_flags, head_of, layout_of, load
 from bitnet.model import BitNetForCausalLM, Factory
+from bitnet.threads import use_threads
 
 # Where a model is smaller, the measured bandwidth is that of this many bytes.
 LEAST_READ = 1 << 20
@@ -159,8 +160,7 @@ def _run(args: argparse.Namespace) -> int:
     for name in ("prompt", "gen", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.threads is not None:
-        set_threads(args.threads)
+    use_threads(args.threads)
     model = model_of(args)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {args.run or f'{args.preset}, random weights'}; "
           f"{layout_of(model)} bits a ternary weight, head {head_of(model)}; "

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from bitnet import generation_options, set_threads
+from bitnet import generation_options
 from bitnet.chat_template import NAMES, choose
 from bitnet.command import add_run, exit_status
 from bitnet.conversation import CONTEXTS, Conversation, Turn
 from bitnet.errors import BitnetError
 from bitnet.generate import describe
 from bitnet.text_stream import tokenizer_of
+from bitnet.threads import use_threads
 
 HELP = """\
 /regenerate  another answer to the last question
@@ -60,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.threads is not None:
-        set_threads(args.threads)
+    use_threads(args.threads)
     sampler = generation_options.sampler(args)
     model = generation_options.load(args.run, args.layout, args.head, args.lora)
     template = choose(args.template, tokenizer_of(model))

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from bitnet import ops, set_threads
+from bitnet import ops
 from bitnet.agreement import Agreement, compare_logits, tokens_of
 from bitnet.command import RUN, add_reading, exit_status, reading_of
 from bitnet.errors import ConfigError
 from bitnet.formats.source import Reading
 from bitnet.model import BitNetForCausalLM
 from bitnet.pretrained import open_model
+from bitnet.threads import use_threads
 
 Array = np.ndarray[Any, Any]
 
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.threads is not None:
-        set_threads(args.threads)
+    use_threads(args.threads)
     a, b = (_open(name, reading_of(args)) for name in (args.a, args.b))
     text = args.text if args.data is None else args.data.read_text(encoding="utf-8")
     tokens = tokens_of(a, getattr(a, "tokenizer", None) or getattr(b, "tokenizer", None), text)

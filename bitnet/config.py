@@ -10,6 +10,7 @@ from bitnet.errors import ConfigError
 from bitnet.option import option
 
 SCALES = ("tensor", "channel")
+POSITIONS_MAX = 1 << 20  # that there can be: tables of sines are made for every one (csrc/python/core_methods.c)
 # Fields that are written only where they are not at their default: files of models without them stay as they are.
 WRITTEN_WHERE_SET = ("hadamard", "activation_bits", "weight_scales")
 
@@ -47,6 +48,11 @@ class BitNetConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.max_position_embeddings > POSITIONS_MAX:
+            raise ConfigError(
+                f"max_position_embeddings is {self.max_position_embeddings}, but rotary tables are made for at most "
+                f"{POSITIONS_MAX}"
+            )
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bitnet import set_threads
 from bitnet.command import add_run, exit_status
 from bitnet.errors import ConfigError
 from bitnet.evaluation import evaluate
 from bitnet.generate import describe
 from bitnet.protocols import PROTOCOLS, perplexity
+from bitnet.threads import use_threads
 
 MEANING = """\
 loss and perplexity are per token: compare them between models with the same tokenizer. perplexity e^loss is the number
@@ -83,8 +83,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from bitnet.pretrained import from_pretrained
 
-    if args.threads is not None:
-        set_threads(args.threads)
+    use_threads(args.threads)
     if args.data is None and args.protocol == DOCUMENTS:
         raise ConfigError("a text is needed: --data PATH, or --protocol for a published one")
     model = from_pretrained(args.run)

@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bitnet import current_isa, generation_options, get_threads, set_threads
+from bitnet import current_isa, generation_options, get_threads
 from bitnet._core import Tensor, has_cuda
 from bitnet.command import add_run, exit_status
 from bitnet.decoder import ContextFullError
 from bitnet.generation_options import head_of, layout_of
 from bitnet.model import BitNetForCausalLM
 from bitnet.text_stream import TextStream
+from bitnet.threads import use_threads
 from bitnet.token_stream import CONTEXTS
 
 
@@ -68,8 +69,7 @@ def describe(model: BitNetForCausalLM) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.threads is not None:
-        set_threads(args.threads)
+    use_threads(args.threads)
     sampler = generation_options.sampler(args)
     model = generation_options.load(args.run, args.layout, args.head, args.lora)
     speculation = generation_options.speculation(args, model)

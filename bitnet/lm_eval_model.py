@@ -29,7 +29,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from bitnet import set_threads
 from bitnet.batching import Batch
 from bitnet.chat_template import CLOSE, MARKS, OPEN, Message, Part, Template, choose, joined
 from bitnet.errors import ConfigError
@@ -38,6 +37,7 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.sampling import Sampler
 from bitnet.scoring import Scorer
 from bitnet.text_stream import Spelling, tokenizer_of
+from bitnet.threads import use_threads
 
 SLOTS = 8  # texts that grow together: a step of eight takes little longer than one
 MARKED = re.compile(f"{OPEN}(\\d+){CLOSE}")  # a special token in a text that a chat template wrote
@@ -74,8 +74,7 @@ class BitNetLM(TemplateLM):  # type: ignore[misc]  # the harness has no type stu
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if threads is not None:
-            set_threads(threads)
+        use_threads(threads)
         self.run: str | None = None
         if isinstance(pretrained, BitNetForCausalLM):
             self.model = pretrained

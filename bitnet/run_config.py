@@ -18,6 +18,7 @@ from bitnet.errors import ConfigError
 from bitnet.mixture import is_mixture
 from bitnet.option import option
 from bitnet.shipped import shipped_names
+from bitnet.threads import check_threads
 from bitnet.tokenizer import SPECS
 from bitnet.trainer_config import TrainerConfig
 from bitnet.yaml_file import load_yaml
@@ -47,6 +48,7 @@ class RunConfig:
     threads: int = option(0, "kernel threads, 0: one a core; never changes a result", True)
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         if self.data and self.recipe:
             raise ConfigError(f"data ({self.data[0]}) and recipe ({self.recipe}) exclude each other")
         if self.init is not None and self.twin:

@@ -225,7 +225,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({"num_hidden_layers": 10**9}, "", "", r"it has no model\.layers\.2\."),
         ({"hidden_size": 64}, "", "", r"embed_tokens\.weight has shape \(257, 48\), but \(257, 64\) by its config"),
         ({"vocab_size": 10**12}, "", "", r"has shape \(257, 48\), but \(1000000000000, 48\)"),
-        ({"max_position_embeddings": 2**40}, "", "", "does not fit its config: rope_tables"),
+        ({"max_position_embeddings": 2**40}, "", "", "rotary tables are made for at most 1048576"),
         ({"hidden_act": "tanh"}, "", "", "hidden_act must be one of"),
         ({"hidden_size": "48"}, "", "", "hidden_size must be a positive integer"),
         ({"linear": "linear"}, "", "", "is stored as ternary codes, which its config does not want"),

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.config import BitNetConfig
+from bitnet.config import POSITIONS_MAX, BitNetConfig
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.gguf_file import Value
 from bitnet.formats.gguf_names import ACTIVATIONS, SPELLINGS, SUB_NORMED
-from bitnet.formats.source import POSITIONS_MAX
 
 INTEGERS = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")
 QUANTIZATION = 2  # general.quantization_version: of ggml's blocks since 2023

@@ -22,7 +22,7 @@ from typing import Any
 
 from bitnet.config import WRITTEN_WHERE_SET, BitNetConfig
 from bitnet.errors import CheckpointError
-from bitnet.formats.source import POSITIONS_MAX, Reading
+from bitnet.formats.source import Reading
 from bitnet.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -121,9 +121,6 @@ def hf_config(values: dict[str, Any], path: Path, reading: Reading | None = None
         found["hidden_act"] = reading.hidden_act
     elif found["hidden_act"] not in ("silu", "relu2"):
         raise CheckpointError(f"{path} has the hidden_act {found['hidden_act']!r}; known are silu and relu2")
-    if _is_number(found["max_position_embeddings"]) and found["max_position_embeddings"] > POSITIONS_MAX:
-        raise CheckpointError(f"{path} has max_position_embeddings {found['max_position_embeddings']}; rotary tables "
-                              f"are made for at most {POSITIONS_MAX}")  # fmt: skip
     return HfConfig(_made(found, path), linear_class, is_online)
 
 

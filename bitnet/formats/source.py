@@ -26,7 +26,6 @@ from bitnet.layout import choose_layout
 from bitnet.model import BitNetForCausalLM, Factory
 
 Array = np.ndarray[Any, Any]
-POSITIONS_MAX = 1 << 20  # that a file may ask for: tables of sines are made for every position
 Memory = bytes | memoryview | Array
 Progress = Callable[[list[str]], Iterable[str]]  # wraps the names of the weights, as tqdm does
 
