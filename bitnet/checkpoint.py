@@ -115,9 +115,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for is_format, read in FORMATS:
         if is_format(folder):
             return read(folder)
+    raise _neither(folder)
+
+
+def place_of(folder: Path) -> Path:
+    """Where that lies, unread: the folder of a run's newest checkpoint, whole or not, or the checkpoint's own.
+
+    Raises CheckpointError, as open_checkpoint does.
+    """
+    if _is_run(folder):
+        if not steps(folder):
+            raise _none_yet(folder)
+        return folder_of(folder, steps(folder)[-1])
+    if _is_checkpoint(folder):
+        return folder
+    raise _neither(folder)
+
+
+def _neither(folder: Path) -> CheckpointError:
     if not folder.exists():
-        raise CheckpointError(f"there is no folder {folder}")
-    raise CheckpointError(f"{folder} is neither a run (no folder checkpoints) nor a checkpoint (no {CONFIG})")
+        return CheckpointError(f"there is no folder {folder}")
+    return CheckpointError(f"{folder} is neither a run (no folder checkpoints) nor a checkpoint (no {CONFIG})")
+
+
+def _none_yet(run: Path) -> CheckpointError:
+    return CheckpointError(f"run {run} has no checkpoint yet")
 
 
 def newest(run: Path, log: Callable[[str], None] | None = None, optimizer: bool = False) -> Checkpoint:
@@ -136,7 +158,7 @@ def newest(run: Path, log: Callable[[str], None] | None = None, optimizer: bool 
             else:
                 warnings.warn(message, stacklevel=2)
         return found
-    raise CheckpointError(damage[0] if damage else f"run {run} has no checkpoint yet")
+    raise CheckpointError(damage[0]) if damage else _none_yet(run)
 
 
 def load(folder: str | Path, optimizer: bool = False) -> Checkpoint:

@@ -11,14 +11,17 @@ a file                    .bitnet or GGUF, told apart by their first bytes
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from bitnet.checkpoint import STATE, SUMS, Checkpoint, folder_of, open_checkpoint, steps
+from bitnet.checkpoint import LORA, STATE, SUMS, Checkpoint, open_checkpoint, place_of
 from bitnet.config import BitNetConfig
 from bitnet.errors import CheckpointError, ConfigError
 from bitnet.formats.bitnet_file import MAGIC
-from bitnet.formats.hf_config import CONFIG, read_config
+from bitnet.formats.hf_config import CONFIG, hf_config, read_config, read_json
 from bitnet.formats.source import Progress, Reading, Source, assemble
+from bitnet.lora import LoraConfig
 from bitnet.model import BitNetForCausalLM
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,18 +67,48 @@ def open_model(
     return open_checkpoint(place).model()
 
 
-def config_of(path: str | Path) -> BitNetConfig:
-    """The shape of what from_pretrained opens, without its weights. Raises CheckpointError."""
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model that is not opened: its shape, and what it will be when it is.
+
+    is_latent: f32 all through, with latent weights if it is ternary; otherwise packed. lora: of which adapters it is.
+    """
+
+    config: BitNetConfig
+    is_latent: bool
+    lora: LoraConfig | None = None
+
+
+def outline_of(path: str | Path) -> Outline:
+    """Of what from_pretrained opens, without its weights: of a hub id no more than its JSON is downloaded.
+
+    Raises CheckpointError, as opening does.
+    """
     from bitnet.formats.bitnet_file import BitnetFile
     from bitnet.formats.packing import PackedSource
 
-    place = _local(path, None)
+    place = Path(path)
+    if _is_on_hub(path):
+        file = _local(path, None, ["*.json"]) / CONFIG
+        said = hf_config(read_json(file), file)
+        return Outline(said.config, said.config.linear == "linear" or said.is_online)
     source = _source(place, Reading())
+    if source is None and place.is_file():
+        source = PackedSource(BitnetFile(place))
     if source is not None:
-        return source.config
-    if place.is_file():
-        return PackedSource(BitnetFile(place)).config
-    return read_config((folder_of(place, steps(place)[-1]) if steps(place) else place) / CONFIG)
+        return Outline(source.config, source.is_trainable)
+    folder = place_of(place)
+    config = read_config(folder / CONFIG)
+    if not (folder / LORA).is_file():
+        return Outline(config, True)
+    lora = LoraConfig.of(read_json(folder / LORA), folder / LORA)
+    is_there = lora.base is not None and Path(lora.base).exists()
+    return Outline(config, not is_there or outline_of(str(lora.base)).is_latent, lora)
+
+
+def config_of(path: str | Path) -> BitNetConfig:
+    """The shape of what from_pretrained opens, without its weights. Raises CheckpointError."""
+    return outline_of(path).config
 
 
 def open_without_copies(
@@ -128,19 +161,23 @@ def is_onnx(place: Path) -> bool:
 
 def located(path: str) -> str:
     """A path made absolute, to be opened from another folder; a hub id as it is."""
-    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else str(Path(path).resolve())
+    return path if _is_on_hub(path) else str(Path(path).resolve())
 
 
-def _local(path: str | Path, revision: str | None) -> Path:
-    """The path itself, or the folder that a hub id was downloaded to."""
-    place = Path(path)
-    if place.exists() or not HUB_ID.fullmatch(str(path)):
-        return place
+def _is_on_hub(path: str | Path) -> bool:
+    """Whether it is a hub id: nothing here has that name."""
+    return bool(HUB_ID.fullmatch(str(path))) and not Path(path).exists()
+
+
+def _local(path: str | Path, revision: str | None, files: Sequence[str] = HUB_FILES) -> Path:
+    """The path itself, or the folder that these files of a hub id were downloaded to."""
+    if not _is_on_hub(path):
+        return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"there is no folder {path} here, nor could it be had from the hub: {reason}") from None
