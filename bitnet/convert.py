@@ -26,6 +26,7 @@ import numpy as np
 
 from bitnet import nn, ops
 from bitnet._core import Tensor
+from bitnet.config import BitNetConfig
 from bitnet.errors import ConfigError
 from bitnet.formats.source import GivenFactory
 from bitnet.model import Attention, BitNetForCausalLM, FeedForward
@@ -42,6 +43,11 @@ def refuse_ternary(model: BitNetForCausalLM, where: str) -> None:
         raise ConfigError(f"{where} is ternary already: convert is for a full-precision model; leave it away")
 
 
+def ternary_shape(config: BitNetConfig) -> BitNetConfig:
+    """Of the ternary form of a full-precision model of this shape."""
+    return config.replace(linear="bitlinear", sub_norms=True)
+
+
 def to_ternary(source: BitNetForCausalLM, tokens: Array, targets: Array) -> BitNetForCausalLM:
     """The ternary model of a full-precision one, whose matrices it takes over; calibrated on a batch (B, T).
 
@@ -51,7 +57,7 @@ def to_ternary(source: BitNetForCausalLM, tokens: Array, targets: Array) -> BitN
     gains = {} if source.config.sub_norms else mean_sizes(source, tokens, targets)
     given = dict(source.named_parameters())
     factory = partial(GivenFactory, give=lambda name, rows, cols: given[name])
-    model = BitNetForCausalLM(source.config.replace(linear="bitlinear", sub_norms=True), factory=factory)
+    model = BitNetForCausalLM(ternary_shape(source.config), factory=factory)
     for path, module in model.named_modules():
         if isinstance(module, nn.RMSNorm):
             name = f"{path}.weight"

@@ -41,12 +41,9 @@ class Teacher:
     def __init__(self, path: str, config: BitNetConfig, tokenizer: Tokenizer, seq_len: int) -> None:
         self.model = from_pretrained(path)
         own, other = self.model.config, getattr(self.model, "tokenizer", None)
-        if own.vocab_size != config.vocab_size:
-            raise ConfigError(f"teacher {path} has a vocabulary of {own.vocab_size} ids, not {config.vocab_size}")
+        check_teacher(path, own, config, seq_len)
         if other is not None and not cut_alike(other, tokenizer):
             raise ConfigError(f"teacher {path} cuts text into other tokens: train it on the same packed text")
-        if own.max_position_embeddings < seq_len:
-            raise ConfigError(f"teacher {path} has {own.max_position_embeddings} positions, seq_len is {seq_len}")
 
     def fingerprint(self) -> str:
         """Changes when the teacher does: a hash of its logits for a few tokens, the same bits on every machine."""
@@ -55,6 +52,14 @@ class Teacher:
         with ops.no_grad():
             logits = self.model(tokens[None])
         return hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
+
+
+def check_teacher(path: str, own: BitNetConfig, config: BitNetConfig, seq_len: int) -> None:
+    """Raises ConfigError for a teacher whose shape does not fit that of the student, config."""
+    if own.vocab_size != config.vocab_size:
+        raise ConfigError(f"teacher {path} has a vocabulary of {own.vocab_size} ids, not {config.vocab_size}")
+    if own.max_position_embeddings < seq_len:
+        raise ConfigError(f"teacher {path} has {own.max_position_embeddings} positions, seq_len is {seq_len}")
 
 
 def cut_alike(one: Tokenizer, other: Tokenizer) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,14 @@ class LoraConfig:
         if unknown or not self.targets:
             what = f"not {unknown[0]!r}" if unknown else "at least one"
             raise ConfigError(f"adapters go beside layers named {', '.join(PROJECTIONS)}: {what}")
+
+    @staticmethod
+    def chosen(
+        rank: int, alpha: float | None = None, targets: Iterable[str] | None = None, norms: bool = False,
+        base: str | None = None,
+    ) -> LoraConfig:  # fmt: skip
+        """With twice the rank as alpha and every projection as targets, where they are None."""
+        return LoraConfig(rank, 2.0 * rank if alpha is None else alpha, tuple(targets or PROJECTIONS), norms, base)
 
     @staticmethod
     def of(values: dict[str, Any], where: Path) -> LoraConfig:
@@ -111,22 +119,34 @@ def add_lora(model: BitNetForCausalLM, config: LoraConfig, seed: int = 0, traini
     training: freezes everything else, and makes latent weights of packed ones. ConfigError for a model without ternary
     layers, with adapters, or whose fingerprint is not config's (where that has one).
     """
-    if model.lora is not None:
-        raise ConfigError("the model has adapters already")
-    layers = [(path, layer) for path, layer in model.bitlinears() if path.rpartition(".")[2] in config.targets]
-    if not layers:
-        raise ConfigError("adapters go beside ternary layers, and the model has none of these names")
+    _targets(model, config)  # refused before the weights are read through
     found = fingerprint(model)
     wanted = config.base_sha256
     if wanted not in ("", found):
         raise ConfigError(f"the adapters were made for another model: {wanted[:12]}, and this one is {found[:12]}")
+    place(model, replace(config, base_sha256=found), seed, training)
+
+
+def place(model: BitNetForCausalLM, config: LoraConfig, seed: int = 0, training: bool = True) -> None:
+    """What add_lora does to the layers, whatever their values are: on meta, where there are none, too."""
+    layers = _targets(model, config)
     if training:
         freeze(model, config.norms)
     modules = dict(model.named_modules())
     for path, layer in layers:
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, LoRALinear(layer, config.rank, config.alpha, seed, path))
-    model.lora = replace(config, base_sha256=found)
+    model.lora = config
+
+
+def _targets(model: BitNetForCausalLM, config: LoraConfig) -> list[tuple[str, nn.BitLinear]]:
+    """The layers that get an adapter, by their paths. ConfigError if there are none, or have one."""
+    if model.lora is not None:
+        raise ConfigError("the model has adapters already")
+    layers = [(path, layer) for path, layer in model.bitlinears() if path.rpartition(".")[2] in config.targets]
+    if not layers:
+        raise ConfigError("adapters go beside ternary layers, and the model has none of these names")
+    return layers
 
 
 def attach(model: BitNetForCausalLM, adapters: str | Path) -> BitNetForCausalLM:

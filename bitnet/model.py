@@ -245,11 +245,8 @@ class BitNetForCausalLM(nn.Module):
         from bitnet import lora
 
         path = getattr(self, "checkpoint", None)
-        chosen = lora.LoraConfig(
-            rank, 2.0 * rank if alpha is None else alpha, tuple(targets or lora.PROJECTIONS), norms,
-            None if path is None else str(Path(path).resolve()),
-        )  # fmt: skip
-        lora.add_lora(self, chosen, seed)
+        base = None if path is None else str(Path(path).resolve())
+        lora.add_lora(self, lora.LoraConfig.chosen(rank, alpha, targets, norms, base), seed)
         return self
 
     def head_input(self, tokens: ops.Integers, cache: CacheStep | None = None) -> Tensor:

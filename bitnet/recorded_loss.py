@@ -41,6 +41,10 @@ class RecordedLoss:
         self._targets.copy_(targets)
         if self._prepare is not None:
             self._prepare(targets)
+        return self.again()
+
+    def again(self) -> float:
+        """The same of the batch that is there already, at first of zeros."""
         if self._tape is not None:
             self._tape.replay()
             return self._shown.item()

@@ -58,6 +58,20 @@ def check_readable(model: BitNetConfig, seq_len: int, *texts: ShardDataset | Mix
         raise ConfigError(f"seq_len {seq_len} is more than the model's max_position_embeddings {limit}")
 
 
+def check_levers(model: BitNetForCausalLM, config: TrainerConfig) -> None:
+    """Raises ConfigError for what a config asks of layers that the model does not have, or that are frozen."""
+    if (config.ternary_from or config.ternary_ramp) and not model.num_ternary():
+        raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
+    if config.requantize_every > 1 and not model.num_ternary():
+        raise ConfigError("requantize_every needs a model with ternary layers: this is a twin")
+    if model.lora is not None:
+        levers = {"ema": 0.0, "ternary_from": 0, "ternary_ramp": 0, "requantize_every": 1, "optimizer": "adamw"}
+        for name, off in levers.items():
+            value = getattr(config, name)
+            if value != off:
+                raise ConfigError(f"{name} {value} is for training all weights: these are frozen beside adapters")
+
+
 class Trainer:
     """Trains a model on a pack: `Trainer(model, "runs/data", TrainerConfig(steps=500), out="runs/first").fit()`.
 
@@ -135,16 +149,7 @@ class Trainer:
 
     def _check_fit(self) -> None:
         check_readable(self.model.config, self.config.seq_len, self.dataset, *self.held_out.values())
-        if (self.config.ternary_from or self.config.ternary_ramp) and not self.model.num_ternary():
-            raise ConfigError("ternary_from and ternary_ramp need a model with ternary layers: this is a twin")
-        if self.config.requantize_every > 1 and not self.model.num_ternary():
-            raise ConfigError("requantize_every needs a model with ternary layers: this is a twin")
-        if self.model.lora is not None:
-            levers = {"ema": 0.0, "ternary_from": 0, "ternary_ramp": 0, "requantize_every": 1, "optimizer": "adamw"}
-            for name, off in levers.items():
-                value = getattr(self.config, name)
-                if value != off:
-                    raise ConfigError(f"{name} {value} is for training all weights: these are frozen beside adapters")
+        check_levers(self.model, self.config)
         if self.config.patience and self.validation is None:
             raise ConfigError(f"patience {self.config.patience} counts evaluations, but there is no held-out text")
 
