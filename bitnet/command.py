@@ -14,6 +14,14 @@ from bitnet.formats.source import Progress, Reading
 RUN = "run folder, one checkpoint in it, Hugging Face folder or hub id, ONNX folder, .bitnet, .gguf or .onnx file"
 
 
+REFUSALS = (BitnetError, OSError, MemoryError)  # what a command says in a sentence, without a traceback
+
+
+def said(error: BaseException) -> str:
+    """The sentence of an error; that of memory may come without one."""
+    return str(error) or ("there is not enough memory for that" if isinstance(error, MemoryError) else repr(error))
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The model that a command works on."""
     parser.add_argument("run", metavar="RUN", help=RUN)
@@ -57,8 +65,8 @@ def exit_status(work: Callable[[], int], interrupted: str = "interrupted") -> in
     """
     try:
         return work()
-    except (BitnetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except REFUSALS as error:
+        print(f"error: {said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from bitnet import train
-from bitnet._core import get_threads, set_threads
+from bitnet._core import get_threads
 from bitnet.cache import DTYPES
 from bitnet.command import exit_status
 from bitnet.config import PRESETS, BitNetConfig
-from bitnet.data import ShardDataset
 from bitnet.errors import ConfigError
 from bitnet.head import HEADS
 from bitnet.layout import LAYOUTS
-from bitnet.mixture import Mixture, is_mixture
-from bitnet.plan import Plan, generation_plan, process_bytes, training_plan
-from bitnet.pretrained import config_of
+from bitnet.plan import Plan, generation_plan, process_bytes
+from bitnet.pretrained import Outline, outline_of
 from bitnet.report_text import size
-from bitnet.run_config import Settings
-from bitnet.shard import MANIFEST
+from bitnet.run_model import DEFAULT_VOCAB, planned, prospect_of
 from bitnet.system_memory import system_memory
+from bitnet.threads import use_threads
 from bitnet.trainer_config import TrainerConfig
 
 Lever = tuple[str, dict[str, Any]]  # flags, and the fields that they set
@@ -38,9 +36,11 @@ MOST_ROWS = 1 << 14
 
 
 def table(plan: Plan) -> str:
-    """The parts of a plan and their sum, one a line."""
+    """The parts of a plan and their sum, one a line, and what opening takes where that is more."""
     rows = [(name, size(bytes_)) for name, bytes_ in plan.parts.items()]
     rows.append(("in all", f"{size(plan.total)}, and {size(process_bytes())} for Python and {get_threads()} threads"))
+    if plan.opening > plan.total:
+        rows.append(("while it is opened", size(plan.opening)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -66,9 +66,11 @@ def training_levers(c: TrainerConfig) -> list[Lever]:
 
 
 def most_rows(planned: Callable[[int], int], room: int) -> int:
-    """The largest batch whose plan is within `room` bytes, up to MOST_ROWS; 0 if not even one sequence is."""
+    """The largest batch, of up to MOST_ROWS, whose plan is within `room` bytes; 0 if not even one sequence is."""
     low, high = 0, 1
-    while high <= MOST_ROWS and planned(high) <= room:
+    while planned(high) <= room:
+        if high == MOST_ROWS:
+            return high
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -81,43 +83,32 @@ def plan_training(argv: Sequence[str]) -> int:
     parser = train.arguments()
     parser.prog, parser.usage = "bitnet plan train", "bitnet plan train [any option of bitnet train]"
     parser.description, parser.epilog = "What `bitnet train` with the same options takes in memory.", None
-    args = parser.parse_args(argv)
-    settings = Settings.of(train.chosen(args.config, train.options_given(args)))
-    if settings.run.lora:
-        raise ConfigError("plan knows no adapters: they take little beside the frozen weights, 4 bytes each")
-    set_threads(settings.run.threads)
-    shape, c = _shape(settings), settings.trainer
-    teacher = None if c.teacher is None else config_of(c.teacher)
+    args = train.parsed(parser, argv)
+    settings = train.settings_of(args)
+    use_threads(settings.run.threads)
+    prospect = prospect_of(settings, None if args.resume is None else Path(args.resume))
+    shape, c = prospect.shape(DEFAULT_VOCAB), settings.trainer
 
-    def planned(**changes: Any) -> Plan:
-        return training_plan(shape, replace(c, **changes), teacher)
+    def changed(**changes: Any) -> Plan:
+        return planned(replace(prospect, settings=replace(settings, trainer=replace(c, **changes))), shape)
 
     room = system_memory()
-    print(f"{c.batch_size} x {c.seq_len} tokens, vocabulary {shape.vocab_size:,}, {c.optimizer}, {c.precision}\n")
-    print(table(planned()))
+    print(f"{c.batch_size} x {c.seq_len} tokens, vocabulary {shape.vocab_size:,}, {c.optimizer}, {c.precision}")
+    if prospect.vocabulary is None:
+        print("the characters of the text are counted when it is packed: --vocab-size N plans with another number")
+    print("\n" + table(changed()))
     levers = training_levers(c)
     if levers:
         every = {name: value for _, changes in levers for name, value in changes.items()}
-        rows = [(flags, planned(**changes)) for flags, changes in levers]
-        print("\nwith\n" + choices([*rows, ("all of these", planned(**every))] if len(rows) > 1 else rows))
+        rows = [(flags, changed(**changes)) for flags, changes in levers]
+        print("\nwith\n" + choices([*rows, ("all of these", changed(**every))] if len(rows) > 1 else rows))
     free = room.free - process_bytes()
-    most = most_rows(lambda rows: planned(batch_size=rows).total, free)
-    print(f"\nthis machine has {size(room.total)}, {size(room.free)} free: "
-          + (f"--batch-size {most} is the most that fits" if most else "not even --batch-size 1 fits"))  # fmt: skip
+    most = most_rows(lambda rows: changed(batch_size=rows).total, free)
+    found = f"--batch-size {most} is the most that fits" if most else "not even --batch-size 1 fits"
+    if most == MOST_ROWS:
+        found = f"at least --batch-size {most} fits"
+    print(f"\nthis machine has {size(room.total)}, {size(room.free)} free: {found}")
     return 0
-
-
-def _shape(settings: Settings) -> BitNetConfig:
-    """Of the model that would be trained."""
-    run = settings.run
-    if run.init is not None:
-        return config_of(run.init)
-    vocabulary = run.vocab_size or train.DEFAULT_VOCAB
-    if is_mixture(run.data):
-        vocabulary = Mixture.open(run.data).vocab_size
-    elif len(run.data) == 1 and (Path(run.data[0]) / MANIFEST).is_file():
-        vocabulary = ShardDataset(run.data[0]).vocab_size
-    return settings.model_config(vocabulary)
 
 
 def plan_generation(argv: Sequence[str]) -> int:
@@ -133,19 +124,20 @@ def plan_generation(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if (args.run is None) == (args.preset is None):
         raise ConfigError("plan generate needs either a run or --preset P")
-    shape = BitNetConfig.preset(args.preset) if args.run is None else config_of(args.run)
+    outline = Outline(BitNetConfig.preset(args.preset), False) if args.run is None else outline_of(args.run)
+    shape = outline.config
     context = shape.max_position_embeddings if args.context is None else args.context
     given = {"layout": args.layout, "head": args.head, "cache": args.cache_dtype}
 
-    def planned(**changes: Any) -> Plan:
-        return generation_plan(shape, context, args.batch, **{**given, **changes})
+    def changed(**changes: Any) -> Plan:
+        return generation_plan(shape, context, args.batch, **{**given, **changes}, is_latent=outline.is_latent)
 
-    print(f"{args.batch} x {context:,} tokens\n\n{table(planned())}")
+    print(f"{args.batch} x {context:,} tokens\n\n{table(changed())}")
     levers: list[Lever] = [(f"--cache-dtype {name}", {"cache": name}) for name in DTYPES if name != args.cache_dtype]
     if not shape.quantize_head:
         levers += [(f"--head {name}", {"head": name}) for name in HEADS if name != (args.head or "f32")]
     levers += [(f"--layout {name}", {"layout": name}) for name in LAYOUTS if name != args.layout]
-    print("\nwith\n" + choices((flags, planned(**changes)) for flags, changes in levers))
+    print("\nwith\n" + choices((flags, changed(**changes)) for flags, changes in levers))
     room = system_memory()
     print(f"\nthis machine has {size(room.total)}, {size(room.free)} free")
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 from bitnet.config import PRESETS, BitNetConfig
 from bitnet.corpus import RECIPES
 from bitnet.errors import ConfigError
+from bitnet.lora import LoraConfig
 from bitnet.mixture import is_mixture
 from bitnet.option import option
 from bitnet.shipped import shipped_names
@@ -73,6 +74,12 @@ class RunConfig:
             if getattr(self, name) not in allowed:
                 value, known = getattr(self, name), ", ".join(filter(None, allowed))
                 raise ConfigError(f"unknown {name} {value!r}{_closest(value, allowed)}; one of {known}")
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """What is trained beside frozen layers, of whatever base; None where all weights are trained."""
+        targets = None if self.lora_targets is None else [name.strip() for name in self.lora_targets.split(",")]
+        return LoraConfig.chosen(self.lora, self.lora_alpha, targets, self.lora_norms) if self.lora else None
 
     @property
     def stem(self) -> str:

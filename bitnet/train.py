@@ -19,10 +19,11 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitnet import checkpoint, mfu, nn
+from bitnet import checkpoint, mfu
 from bitnet._core import current_isa, get_threads, has_cuda, set_threads
+from bitnet.command import REFUSALS, said
 from bitnet.config import WRITTEN_WHERE_SET, BitNetConfig
-from bitnet.convert import refuse_ternary, to_ternary
+from bitnet.convert import to_ternary
 from bitnet.corpus import RECIPES
 from bitnet.corpus.hub import PREFIX
 from bitnet.data import DataLoader, ShardDataset
@@ -30,16 +31,23 @@ from bitnet.data_cli import pack
 from bitnet.errors import BitnetError, CheckpointError, ConfigError
 from bitnet.interrupts import Interrupted, Interrupts
 from bitnet.metrics import Record, in_both, read_metrics
-from bitnet.mixture import Mixture, is_mixture
+from bitnet.mixture import Mixture
 from bitnet.model import BitNetForCausalLM
-from bitnet.plan import process_bytes, training_plan
-from bitnet.pretrained import config_of, from_pretrained, located
-from bitnet.report_text import size
+from bitnet.pretrained import from_pretrained, located
 from bitnet.rows import Conversations, DocumentWindows
 from bitnet.run_config import OPTIONS, RunConfig, Settings, parse, read_yaml, resumed, write_yaml
-from bitnet.shard import MANIFEST
+from bitnet.run_model import (
+    DEFAULT_VOCAB,
+    Prospect,
+    goes_on_with_its_own,
+    memory_line,
+    model_vocabulary,
+    packed_text,
+    planned,
+    prospect_of,
+    refuse_untrainable,
+)
 from bitnet.shipped import shipped, shipped_names
-from bitnet.system_memory import system_memory
 from bitnet.tokenizer import Tokenizer
 from bitnet.trainer import Trainer, check_readable
 from bitnet.trainer_config import TrainerConfig
@@ -47,7 +55,6 @@ from bitnet.trainer_config import TrainerConfig
 T = TypeVar("T")
 
 OPTIONS_FILE = "train.yaml"
-DEFAULT_VOCAB = 4096
 
 EXAMPLES = """\
 examples:
@@ -121,26 +128,31 @@ _MODEL_NAMES = {field.name for field in fields(BitNetConfig)}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for a request that cannot be met, 130 after Ctrl-C, 143 after SIGTERM."""
-    parser = arguments()
-    args, unknown = parser.parse_known_args(_normalized(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if unknown:
-            if unknown[0].startswith("--"):
-                parse(unknown[0].removeprefix("--").partition("=")[0], "", " on the command line")
-            raise ConfigError(f"{unknown[0]!r} on the command line belongs to no flag")
-        train(args)
+        train(parsed(arguments(), words))
     except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\ninterrupted; a run that had begun goes on with --resume", file=sys.stderr)
         return 130
-    except (BitnetError, OSError, MemoryError) as error:
-        if args.debug:
+    except REFUSALS as error:
+        if "--debug" in words:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The flags of arguments(), in either spelling. ConfigError for others."""
+    args, unknown = parser.parse_known_args(_normalized(words))
+    if unknown:
+        if unknown[0].startswith("--"):
+            parse(unknown[0].removeprefix("--").partition("=")[0], "", " on the command line")
+        raise ConfigError(f"{unknown[0]!r} on the command line belongs to no flag")
+    return args
 
 
 def _normalized(argv: Sequence[str]) -> list[str]:
@@ -154,21 +166,15 @@ def _normalized(argv: Sequence[str]) -> list[str]:
 
 def train(args: argparse.Namespace) -> Trainer:
     """Runs the command; returns the trainer when it is done."""
-    given = options_given(args)
+    settings = settings_of(args)
     if args.resume is not None:
-        if args.out is not None or args.config is not None:
-            raise ConfigError("--resume goes on in its own folder with its own options: leave --out and --config away")
         out = Path(args.resume)
-        if not (out / OPTIONS_FILE).is_file():
-            raise CheckpointError(f"{out} is no run to resume: it has no {OPTIONS_FILE}")
-        settings = Settings.of(resumed(read_yaml(out / OPTIONS_FILE), given, out))
     else:
-        settings = Settings.of(chosen(args.config, given))
         out = _make_folder(settings, args.out)
         write_yaml(out / OPTIONS_FILE, settings)
     try:
         trainer = _set_up(settings, out, args.resume is not None)
-    except BitnetError:
+    except (BitnetError, MemoryError):
         if args.resume is None:  # it never began
             shutil.rmtree(out)
         raise
@@ -178,14 +184,31 @@ def train(args: argparse.Namespace) -> Trainer:
     return trainer
 
 
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The options that the flags ask for: of a new run, or of the one that goes on. Raises ConfigError."""
+    given = options_given(args)
+    if args.resume is None:
+        return Settings.of(chosen(args.config, given))
+    if args.out is not None or args.config is not None:
+        raise ConfigError("--resume goes on in its own folder with its own options: leave --out and --config away")
+    run = Path(args.resume)
+    if not (run / OPTIONS_FILE).is_file():
+        raise CheckpointError(f"{run} is no run to resume: it has no {OPTIONS_FILE}")
+    return Settings.of(resumed(read_yaml(run / OPTIONS_FILE), given, run))
+
+
 def _set_up(settings: Settings, out: Path, resume: bool) -> Trainer:
     """Text, tokenizer, model, and the trainer at the step where it begins; prints what was chosen."""
     set_threads(settings.run.threads)
     print(f"cpu: {current_isa()}, {get_threads()} threads; {'CUDA' if has_cuda() else 'no CUDA in this build'}")
     print(f"run: {out}", flush=True)
+    prospect = prospect_of(settings, out)
+    line = memory_line(planned(prospect, prospect.shape(1)))  # refuses before anything is opened, or text read
+    if prospect.given is not None:  # a new model's vocabulary may be another one, and is known in build()
+        print(line, flush=True)
     model = _interruptible(lambda: initial(settings, out), out, "opening the model")
     data = _interruptible(lambda: prepare(settings, out, model), out, "preparing the text")
-    trainer = build(settings, data, out, model)
+    trainer = build(prospect, data, out, model)
     if resume:
         trainer.resume()
     trainer.plan()
@@ -272,25 +295,14 @@ def initial(settings: Settings, out: Path) -> BitNetForCausalLM | None:
     if source is None:
         return None
     run = settings.run
-    if checkpoint.steps(out) and not run.lora:
+    if goes_on_with_its_own(run, out):
         return from_pretrained(out)
     model = from_pretrained(source)
-    if model.lora is not None:
-        raise ConfigError(f"{source} holds adapters: go on with --resume, or begin with their base {model.lora.base}")
-    if run.convert:
-        refuse_ternary(model, source)
-    if run.lora:
-        targets = None if run.lora_targets is None else [name.strip() for name in run.lora_targets.split(",")]
+    refuse_untrainable(model, run, source)
+    lora = run.adapters
+    if lora is not None:
         seed = settings.trainer.seed
-        return model.add_lora(run.lora, run.lora_alpha, targets, norms=run.lora_norms, seed=seed)
-    if any(layer.is_packed for _, layer in model.bitlinears()):
-        raise ConfigError(
-            f"{source} is packed: it has codes and scales, but no latent weights to go on with; --lora RANK trains "
-            "adapters beside them"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module.weight, nn.Parameter):
-            raise ConfigError(f"{source} keeps {path} in {module.weight.dtype}, which cannot be trained")
+        return model.add_lora(lora.rank, lora.alpha, lora.targets, norms=lora.norms, seed=seed)
     return model
 
 
@@ -300,12 +312,9 @@ def prepare(settings: Settings, out: Path, model: BitNetForCausalLM | None = Non
     model: what is trained further, whose tokenizer takes the place of the one that the options name.
     """
     run = settings.run
-    if (out / "data" / MANIFEST).is_file():  # written last: the pack is whole
-        return ShardDataset(out / "data")
-    if is_mixture(run.data):
-        return Mixture.open(run.data)
-    if len(run.data) == 1 and (Path(run.data[0]) / MANIFEST).is_file():
-        return ShardDataset(run.data[0])
+    data = packed_text(run, out)
+    if data is not None:
+        return data
     tokenizer = run.tokenizer if model is None else _tokenizer_of(model)
     if tokenizer is None:
         raise ConfigError(f"{run.init} has no tokenizer: pack the text with `bitnet data`, and give the pack as data")
@@ -329,18 +338,18 @@ def _tokenizer_of(model: BitNetForCausalLM) -> Tokenizer | None:
 
 
 def build(
-    settings: Settings, data: ShardDataset | Mixture, out: Path, model: BitNetForCausalLM | None = None
+    prospect: Prospect, data: ShardDataset | Mixture, out: Path, model: BitNetForCausalLM | None = None
 ) -> Trainer:
-    """Trainer for packed text, and its model: a new one, unless it is given.
+    """Trainer for packed text, and its model: a new one, of which it is said what it takes, unless it is given.
 
-    Raises ConfigError for a model whose tokenizer is not the one of the text.
+    Raises ConfigError for a model whose tokenizer is not the one of the text, and for too little memory.
     """
-    tokenizer, trainer = data.tokenizer(), settings.trainer
+    settings, tokenizer, trainer = prospect.settings, data.tokenizer(), prospect.settings.trainer
     if trainer.sample_prompt is None and not settings.run.data:
         trainer = replace(trainer, sample_prompt="def ")  # the recipe's text is Python
     if model is None:
-        shape = _shape(settings, tokenizer, data.folder, out)
-        _say_memory(shape, trainer)
+        shape = settings.model_config(model_vocabulary(settings.run, tokenizer.vocab_size, data.folder, out))
+        print(memory_line(planned(prospect, shape)), flush=True)
         model = BitNetForCausalLM(shape, trainer.seed)
     else:
         own = _tokenizer_of(model)
@@ -351,20 +360,6 @@ def build(
         if settings.run.convert and not checkpoint.steps(out):
             model = _converted(model, data, trainer)
     return Trainer(model, data, trainer, tokenizer=tokenizer, out=out)
-
-
-def _say_memory(shape: BitNetConfig, trainer: TrainerConfig) -> None:
-    """Prints what the run will take. Raises ConfigError if that is more than this machine has."""
-    planned = training_plan(shape, trainer, None if trainer.teacher is None else config_of(trainer.teacher))
-    room, need = system_memory(), planned.total + process_bytes()
-    parts = ", ".join(f"{name} {size(part)}" for name, part in planned.parts.items())
-    if need > room.total:
-        raise ConfigError(
-            f"this run takes {size(need)} of memory ({parts}), and this machine has {size(room.total)}; "
-            "`bitnet plan train` with the same options tells what takes less"
-        )
-    short = "" if need <= room.free else "; `bitnet plan train` with the same options tells what takes less"
-    print(f"memory: {size(need)} at most ({parts}); {size(room.free)} are free{short}", flush=True)
 
 
 def _converted(model: BitNetForCausalLM, data: ShardDataset | Mixture, trainer: TrainerConfig) -> BitNetForCausalLM:
@@ -383,16 +378,6 @@ def _converted(model: BitNetForCausalLM, data: ShardDataset | Mixture, trainer: 
         norms = f"{len(gains)} sub-norms inserted with gains of {min(gains):.3g} to {max(gains):.3g}"
     print(f"converted: {sum(1 for _ in made.bitlinears())} matrices are ternary now, {norms}")
     return made
-
-
-def _shape(settings: Settings, tokenizer: Tokenizer, folder: Path, out: Path) -> BitNetConfig:
-    """The shape of a new model for the text in `folder`."""
-    wanted = settings.run.vocab_size
-    # SentencePiece may find fewer pieces than asked for; a larger table than the tokenizer needs is otherwise meant.
-    learned = settings.run.tokenizer.startswith("sentencepiece") and folder == out / "data"
-    if wanted is not None and wanted < tokenizer.vocab_size:
-        raise ConfigError(f"vocab_size {wanted} is less than the {tokenizer.vocab_size} ids of the text in {folder}")
-    return settings.model_config(tokenizer.vocab_size if learned or wanted is None else wanted)
 
 
 def _interruptible(work: Callable[[], T], out: Path, doing: str) -> T:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 import bitnet
-from bitnet import BitNetConfig, BitNetForCausalLM, _core, plan_cli
+from bitnet import BitNetConfig, BitNetForCausalLM, _core, checkpoint, cli, from_pretrained, plan_cli, run_model, train
 from bitnet.data import pack
 from bitnet.errors import ConfigError
+from bitnet.formats.packing import save_packed
+from bitnet.lora import LoraConfig
 from bitnet.plan import Plan, generation_plan, process_bytes, training_plan
 from bitnet.system_memory import SystemMemory, system_memory
 from bitnet.trainer_config import TrainerConfig
@@ -25,6 +27,7 @@ TRAIN: dict[str, dict[str, Any]] = {
     "exact": {"precision": "fp32"},
     "levers": {"ema": 0.9, "requantize_every": 2, "ternary_from": 1, "ternary_ramp": 2},
     "muon": {"optimizer": "muon", "grad_accum": 2},
+    "adapters": {"moments": "bf16"},
 }
 
 # In a process of its own: the arena is the process's, and what it holds at most is asked for.
@@ -42,8 +45,10 @@ def resident(name):
 
 shape, config, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 before = resident("VmRSS")
-Trainer(bitnet.BitNetForCausalLM(bitnet.BitNetConfig(*shape)), ShardDataset(folder), TrainerConfig(**config),
-        log=lambda line: None).fit()
+model = bitnet.BitNetForCausalLM(bitnet.BitNetConfig(*shape))
+if sys.argv[4] == "adapters":
+    model.add_lora(4, norms=True)
+Trainer(model, ShardDataset(folder), TrainerConfig(**config), log=lambda line: None).fit()
 stats = _core.memory_stats("cpu")
 print(json.dumps({"arena": stats["in_use"] + stats["cached"], "resident": resident("VmHWM") - before}))
 """
@@ -61,8 +66,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_takes_what_was_planned(name: str, text: Path) -> None:
     """Beside the plan, a run makes short-lived tensors: a batch, the statistics of a layer. A megabyte here."""
     config = {"batch_size": 4, "seq_len": 96, "steps": 6, "eval_every": 2, "sample_tokens": 0} | TRAIN[name]
-    planned = training_plan(BitNetConfig(*SHAPE), TrainerConfig(**config)).total
-    command = [sys.executable, "-c", RUN, json.dumps(SHAPE), json.dumps(config), str(text)]
+    lora = LoraConfig.chosen(4, norms=True) if name == "adapters" else None
+    planned = training_plan(BitNetConfig(*SHAPE), TrainerConfig(**config), lora=lora).total
+    command = [sys.executable, "-c", RUN, json.dumps(SHAPE), json.dumps(config), str(text), name]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert planned == pytest.approx(found["arena"], rel=0.01, abs=1e6)
     assert found["resident"] < planned + process_bytes()
@@ -88,6 +94,50 @@ print(weights, _core.memory_stats()["in_use"] - weights)
     assert planned[f"keys and values of 2 x {context} tokens"] == cache
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_opening_takes_what_was_planned(tmp_path: Path) -> None:
+    """Latent weights are f32 until all are packed: of 3 MB in each layer and 16 MB of embedding, some 100 MB."""
+    shape = BitNetConfig(8192, 512, 1408, 6, 8)
+    checkpoint.save(tmp_path, 1, BitNetForCausalLM(shape), {}, {"step": 1})
+    plan = generation_plan(shape, 64, head="int6", is_latent=True)
+    assert plan.most == plan.opening > 3 * plan.total
+    assert generation_plan(shape, 64, head="int6").opening == 0
+    code = f"""
+import bitnet
+def resident(name):
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+before = resident("VmRSS")
+bitnet.from_pretrained({str(tmp_path)!r}).pack("2", "int6")
+print(resident("VmHWM") - before)
+"""
+    found = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert 0.9 * plan.opening < found < plan.opening + process_bytes()
+
+
+def test_a_twin_has_no_ternary_weights_and_a_ternary_head_has() -> None:
+    shape = BitNetConfig(*SHAPE)
+    twin = generation_plan(shape.replace(linear="linear"), 40, is_latent=True)
+    assert "ternary weights" not in twin.parts
+    assert twin.most == twin.total
+    plain, head = (generation_plan(shape.replace(quantize_head=wanted), 40) for wanted in (False, True))
+    assert head.parts["ternary weights"] > plain.parts["ternary weights"]
+    less = plain.total - head.total  # two bits instead of 32
+    assert less == pytest.approx(30 / 8 * shape.vocab_size * shape.hidden_size, rel=0.1)
+
+
+def test_a_plan_is_the_same_wherever_it_is_made() -> None:
+    """What the caller's thread records, or does not, and in which precision, has no part in it."""
+    shape, config = BitNetConfig(*SHAPE), TrainerConfig(batch_size=2, seq_len=32)
+    plans = training_plan(shape, config), generation_plan(shape, 40)
+    with bitnet.no_grad():
+        assert plans == (training_plan(shape, config), generation_plan(shape, 40))
+    with _core.Tape():
+        assert plans == (training_plan(shape, config), generation_plan(shape, 40))
+    with pytest.raises(ConfigError, match="seq_len"):
+        training_plan(shape, TrainerConfig(seq_len=10**6))
+
+
 def test_the_levers_take_less_in_their_order() -> None:
     shape = BitNetConfig(*SHAPE)
     plain = training_plan(shape, TrainerConfig(batch_size=8)).total
@@ -103,6 +153,16 @@ def test_what_a_teacher_and_a_background_save_take_is_named() -> None:
     parts = training_plan(shape, config, shape.replace(linear="linear")).parts
     assert parts["teacher"] == parts["weights"]
     assert parts["copy that is written meanwhile"] == 12 * BitNetForCausalLM(shape).num_parameters()
+
+
+def test_what_a_trainer_refuses_is_not_planned() -> None:
+    shape, lora = BitNetConfig(*SHAPE), LoraConfig.chosen(4)
+    with pytest.raises(ConfigError, match=r"ema 0\.5 is for training all weights"):
+        training_plan(shape, TrainerConfig(seq_len=32, ema=0.5), lora=lora)
+    with pytest.raises(ConfigError, match="adapters go beside ternary layers"):
+        training_plan(shape.replace(linear="linear"), TrainerConfig(seq_len=32), lora=lora)
+    with pytest.raises(ConfigError, match="teacher x has a vocabulary of 9 ids, not 257"):
+        training_plan(shape, TrainerConfig(seq_len=32, teacher="x"), shape.replace(vocab_size=9))
 
 
 def test_planning_leaves_nothing_behind() -> None:
@@ -122,7 +182,7 @@ def test_planning_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("room", [0, 99, 100, 1000, 1699, 10**9])
 def test_the_largest_batch_is_the_largest(room: int) -> None:
     found = plan_cli.most_rows(lambda rows: 100 * rows, room)
-    assert found == min(room // 100, 2 * plan_cli.MOST_ROWS - 1)
+    assert found == min(room // 100, plan_cli.MOST_ROWS)
 
 
 # ---- what there is ------------------------------------------------------------------------------------------------
@@ -201,6 +261,89 @@ def test_the_vocabulary_is_that_of_the_pack(text: Path, capsys: pytest.CaptureFi
     assert "vocabulary 257" in capsys.readouterr().out
 
 
+def told(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What `bitnet plan train` prints."""
+    capsys.readouterr()
+    assert plan_cli.main(["train", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_vocabulary_is_what_training_makes_of_it(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the tokenizer, a larger one that is asked for, and of characters none before they are counted."""
+    assert "vocabulary 300," in told(capsys, "--data", text, "--vocab-size", "300", "--preset", "char")
+    assert plan_cli.main(["train", "--data", str(text), "--vocab-size", "100"]) == 2
+    assert f"vocab_size 100 is less than the 257 ids of the text in {text}" in capsys.readouterr().err
+    words = text.parent / "text.txt"
+    assert "vocabulary 257," in told(capsys, "--data", words, "--tokenizer", "bytes")
+    assert "vocabulary 4,096," in told(capsys, "--data", words)
+    assert "vocabulary 600," in told(capsys, "--data", words, "--vocab_size", "600")
+    said = told(capsys, "--data", words, "--tokenizer", "chars")
+    assert "are counted when it is packed: --vocab-size N plans with another number" in said
+    assert "are counted" not in told(capsys, "--data", words, "--tokenizer", "chars", "--vocab-size", "99")
+
+
+def test_a_run_that_goes_on_has_its_own_options(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = "--hidden-size 64 --intermediate-size 96 --num-hidden-layers 2 --num-attention-heads 2".split()
+    rest = "--batch-size 3 --seq-len 32 --sample-tokens 0 --plots false --steps 1".split()
+    assert train.main(["--data", str(text), *shape, *rest, "--out", "a"]) == 0
+    said = told(capsys, "--data", text, *shape, *rest)
+    assert "3 x 32 tokens, vocabulary 257" in said
+    assert told(capsys, "--resume", "a").partition("\nthis machine")[0] == said.partition("\nthis machine")[0]
+    assert "--activation-checkpointing" not in told(capsys, "--resume", "a", "--activation-checkpointing")
+    assert plan_cli.main(["train", "--resume", "a", "--batch-size", "4"]) == 2
+    assert "batch_size is 3 in a and cannot become 4 on resume" in capsys.readouterr().err
+    save_packed(from_pretrained("a"), "a.bitnet")
+    for words, sentence in {
+        ("--init", "a.bitnet"): "a.bitnet is packed: it has codes and scales, but no latent weights",
+        ("--init", "a", "--convert"): "a is ternary already",
+        ("--init", "a", "--seq-len", "4096"): "seq_len 4096 is more than the model's",
+    }.items():
+        assert plan_cli.main(["train", *words, "--data", str(text)]) == 2
+        assert sentence in capsys.readouterr().err
+    whole = told(capsys, "--init", "a", "--data", text)
+    beside = told(capsys, "--init", "a.bitnet", "--lora", "4", "--lora-norms", "--data", text)
+    assert "moments" in beside
+    kilobytes = [float(next(line for line in s.splitlines() if line.startswith("moments")).split()[1])
+                 for s in (whole, beside)]  # fmt: skip
+    assert kilobytes[0] > 4 * kilobytes[1]
+    assert train.main(["--init", "a", "--data", str(text), *rest, "--out", "b"]) == 0
+    assert "memory: about " in capsys.readouterr().out
+    assert plan_cli.main(["generate", "a", "--context", "32"]) == 0
+    assert "while it is opened" in capsys.readouterr().out
+    assert plan_cli.main(["generate", "a.bitnet", "--context", "32"]) == 0
+    assert "while it is opened" not in capsys.readouterr().out
+
+
+def test_a_teacher_tells_how_many_ids_a_text_has(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tokenizer learns is known when the text is packed, and a teacher was trained on the same."""
+    monkeypatch.chdir(tmp_path)
+    shape = "--hidden-size 64 --intermediate-size 96 --num-hidden-layers 1 --num-attention-heads 2".split()
+    rest = "--batch-size 2 --seq-len 16 --sample-tokens 0 --plots false --steps 1 --tokenizer chars".split()
+    words = ["--data", str(text.parent / "text.txt"), *shape, *rest]
+    assert train.main([*words, "--twin", "--out", "twin"]) == 0
+    assert "vocabulary 16," in told(capsys, *words, "--teacher", "twin")
+    assert train.main([*words, "--teacher", "twin", "--out", "student"]) == 0
+
+
+def test_any_batch_is_planned_without_being_made(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "activations of 10000000 x 256 tokens" in told(capsys, "--preset", "char", "--batch-size", "10000000")
+    for rows in (10**9, 10**15):  # more than there are addresses
+        assert plan_cli.main(["train", "--batch-size", str(rows)]) == 2
+        assert capsys.readouterr().err.startswith("error: no memory for ")
+
+
+def test_where_the_search_ends_is_not_the_most(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cli, "MOST_ROWS", 4)
+    assert "at least --batch-size 4 fits" in told(capsys, "--preset", "char", "--seq-len", "8")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -209,7 +352,18 @@ def test_the_vocabulary_is_that_of_the_pack(text: Path, capsys: pytest.CaptureFi
         (["train", "--preset", "none"], "unknown preset"),
         (["train", "--seq-len", "5000"], "seq_len 5000 is more than the model's max_position_embeddings 2048"),
         (["generate", "/nowhere/run"], "/nowhere/run"),
-        (["train", "--init", "/nowhere/run", "--lora", "4"], "adapters"),
+        (["train", "--init", "/nowhere/run", "--lora", "4"], "there is no folder /nowhere/run"),
+        (["train", "--data", "/nowhere/text"], "there is no file or folder /nowhere/text"),
+        (["train", "--data", "/nowhere/text=0.5"], "/nowhere/text"),
+        (["train", "--tokenizer", "words"], "tokenizer 'words' is neither"),
+        (["train", "--tokenizer", "bytes", "--vocab-size", "9"], "less than the 257 ids of tokenizer bytes"),
+        (["train", "--hiden-size", "3"], "unknown option 'hiden_size' on the command line (did you mean 'hidden_size'"),
+        (["train", "extra"], "'extra' on the command line belongs to no flag"),
+        (["train", "--resume", "/nowhere/run"], "/nowhere/run is no run to resume: it has no train.yaml"),
+        (["train", "--resume", "/nowhere/run", "--out", "x"], "leave --out and --config away"),
+        (["train", "--max-position-embeddings", "100000000000"], "made for at most 1048576"),
+        (["train", "--threads", "-1"], "not -1"),
+        (["train", "--twin", "--requantize-every", "2"], "this is a twin"),
     ],
 )
 def test_the_command_refuses_with_a_sentence(
@@ -222,16 +376,35 @@ def test_the_command_refuses_with_a_sentence(
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitnet import train
-
-    monkeypatch.setattr(train, "system_memory", lambda: SystemMemory(150_000_000, 1))
+    monkeypatch.setattr(run_model, "system_memory", lambda: SystemMemory(150_000_000, 1))
     words = ["--data", str(text), "--preset", "char", "--out", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(words) == 2
     assert "this machine has 150 MB; `bitnet plan train`" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(train, "system_memory", lambda: SystemMemory(10**12, 1))
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the text was read"))
+    assert train.main([*words, "--data", str(text.parent / "text.txt"), "--preset", "125m"]) == 2
+    assert "this machine has 150 MB" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(run_model, "system_memory", lambda: SystemMemory(10**12, 1))
     assert train.main([*words, "--seq-len", "32", "--sample-tokens", "0", "--plots", "false"]) == 0
     assert "1e-06 MB are free; `bitnet plan train`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "said"), [(MemoryError(), "not enough memory"), (MemoryError("no room"), "no room")])
+def test_memory_that_is_not_there_is_told_in_a_sentence(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    error: MemoryError, said: str,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "build", fail)
+    monkeypatch.setattr(plan_cli, "system_memory", fail)
+    assert train.main(["--data", str(text), "--preset", "char", "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["plan", "train", "--preset", "char"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_plan_is_the_sum_of_its_parts() -> None:
