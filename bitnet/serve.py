@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitnet._core import current_isa, get_threads, set_threads
+from bitnet._core import current_isa, get_threads
 from bitnet.cache import DTYPES
 from bitnet.chat_template import NAMES, choose
 from bitnet.command import add_run, exit_status
@@ -25,6 +25,7 @@ from bitnet.errors import ConfigError
 from bitnet.generation_options import add_form_flags, add_lora_flag, head_of, layout_of, load
 from bitnet.report_text import size
 from bitnet.text_stream import tokenizer_of
+from bitnet.threads import use_threads
 
 if TYPE_CHECKING:
     from bitnet.server.app import Application, Service
@@ -98,7 +99,7 @@ def serve(args: argparse.Namespace) -> int:
         from bitnet.server.listen import listen
     except ImportError as error:
         raise ConfigError(f"the server needs the package {error.name}: pip install 'bitnet[server]'") from None
-    set_threads(args.threads)
+    use_threads(args.threads)
     print(f"cpu: {current_isa()}, {get_threads()} threads", flush=True)
     access = Access(_keys(args.api_key_file), tuple(args.origin))
     log = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))

@@ -295,8 +295,9 @@ def test_a_crowd_is_told_to_come_again(place: tuple[str, Application]) -> None:
     try:
         with httpx.Client(base_url=url) as http:
             assert http.post("/v1/completions", json={**body, "n": 200, "prompt": ["x", "y"]}).status_code == 400
-            with http.stream("POST", "/v1/completions", json={**body, "n": 250, "stream": True}) as reply:
-                next(reply.iter_lines())
+            with http.stream("POST", "/v1/completions", json={**body, "n": 60, "stream": True}) as reply:
+                lines = reply.iter_lines()  # kept: the connection goes with it
+                next(lines)
                 refused = http.post("/v1/completions", json=body)
                 assert refused.status_code == 429, refused.text
                 assert refused.headers["retry-after"] == "1"
@@ -419,6 +420,7 @@ def test_requests_to_the_command_that_cannot_be_met(
         (["--port", "0", "--slots", "0"], "at least 1 slot"),
         (["--port", "0", "--context", "5000"], "1 to 160 positions"),
         (["--port", "0", "--temperature", "-1"], "temperature"),
+        (["--port", "0", "--threads", "1000"], "threads must be 0 (one a core) to 64, not 1000"),
     ):
         assert serve.main([str(run), *words]) == 2
         assert sentence in capsys.readouterr().err
