@@ -36,6 +36,7 @@ commands:
 start here:
   bitnet train                                        trains on Python's own sources, a few minutes
   bitnet generate runs/nano-stdlib-001 -p "def "      lets the model write
+  bitnet serve runs/nano-stdlib-001                   the same on a page, and for programs
   bitnet evaluate runs/nano-stdlib-001 --data FILE    measures it on a text
   bitnet train --resume runs/nano-stdlib-001          goes on with a run that was stopped
   bitnet pack runs/nano-stdlib-001 -o nano.bitnet     one file that generate, evaluate and bench open too

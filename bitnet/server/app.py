@@ -30,6 +30,7 @@ from bitnet.server import protocol, replies
 from bitnet.server.answers import Answer, Defaults, Piece, Prompt, chat_prompt, completion_prompts
 from bitnet.server.dialects import Chats, Completions, Dialect, spelling
 from bitnet.server.engine import Engine
+from bitnet.server.fields import INVALID
 from bitnet.server.metrics import exposition
 from bitnet.server.protocol import ApiError, Options
 from bitnet.server.replies import Finished
@@ -184,7 +185,8 @@ class Application:
             answer.close()
         finished = [choice.finished() for choice in answer.choices]
         self._log(request, finished, start)
-        return JSONResponse(dialect.whole(finished))
+        # Scores of hundreds of texts are megabytes, which would keep the loop for seconds.
+        return await asyncio.to_thread(lambda: JSONResponse(dialect.whole(finished)))
 
     async def _events(
         self, request: Request, answer: Answer, options: Options, dialect: Dialect, start: float
@@ -277,7 +279,8 @@ async def _left(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentence = f"{request.method} {request.url.path} is nothing that this server has"
-    return JSONResponse(ApiError(error.status_code, sentence, "not_found_error").body(), error.status_code)
+    kind = "not_found_error" if error.status_code == 404 else INVALID
+    return JSONResponse(ApiError(error.status_code, sentence, kind).body(), error.status_code)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
