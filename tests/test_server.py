@@ -291,7 +291,7 @@ def test_a_crowd_is_told_to_come_again(place: tuple[str, Application]) -> None:
     """Texts wait up to the queue's length; one request alone may be longer."""
     url, application = place
     assert application.service is not None
-    load, application.service.queue = application.service.engine.load, 3
+    engine, application.service.queue = application.service.engine, 3
     body = {"prompt": "x", "max_tokens": 150, "logit_bias": {"256": -100}}
     try:
         with httpx.Client(base_url=url) as http:
@@ -302,7 +302,7 @@ def test_a_crowd_is_told_to_come_again(place: tuple[str, Application]) -> None:
                 refused = http.post("/v1/completions", json=body)
                 assert refused.status_code == 429, refused.text
                 assert refused.headers["retry-after"] == "1"
-        wait_for(lambda: load.running == 0)
+        wait_for(lambda: engine.running == 0)
     finally:
         application.service.queue = 256
 
@@ -330,15 +330,15 @@ def test_while_the_model_is_opened(model: bitnet.BitNetForCausalLM) -> None:
 def test_who_leaves_gives_up_the_slot(place: tuple[str, Application]) -> None:
     url, application = place
     assert application.service is not None
-    load = application.service.engine.load
+    engine = application.service.engine
     body = {"prompt": "x", "max_tokens": 159, "n": 12, "logit_bias": {"256": -100}}
     with httpx.Client(base_url=url) as http:
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
             next(reply.iter_lines())
-        wait_for(lambda: load.running == 0 and load.waiting == 0)
+        wait_for(lambda: engine.running == 0 and engine.waiting == 0)
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/completions", json={**body, "n": 128}, timeout=0.05)
-        wait_for(lambda: load.running == 0 and load.waiting == 0)
+        wait_for(lambda: engine.running == 0 and engine.waiting == 0)
 
 
 def test_a_model_that_is_damaged_fails_alone() -> None:

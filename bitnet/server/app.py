@@ -174,7 +174,7 @@ class Application:
     ) -> Response:
         start = time.perf_counter()
         answer = Answer(service.engine, service.tokenizer, service.defaults).add(prompts, options)
-        waiting = service.engine.load.waiting
+        waiting = service.engine.waiting
         if waiting and waiting + len(answer.choices) > service.queue:
             raise ApiError(429, f"{waiting} texts wait for a slot already: try again later", "rate_limit_error")
         if options.stream:

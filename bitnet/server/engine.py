@@ -51,14 +51,6 @@ class Counters:
     busy_seconds: float = 0.0
 
 
-@dataclass
-class Load:
-    """What an engine is doing now: sequences in the batch, and those that wait for a slot."""
-
-    running: int = 0
-    waiting: int = 0
-
-
 class Engine:
     """Decodes jobs, `slots` of them at once, in the order in which they came.
 
@@ -68,7 +60,7 @@ class Engine:
     def __init__(
         self, model: BitNetForCausalLM, slots: int, capacity: int | None = None, cache_dtype: str = "f32"
     ) -> None:
-        self.model, self.counters, self.load = model, Counters(), Load()
+        self.model, self.counters = model, Counters()
         self._batch = Batch(model, slots, capacity, cache_dtype)
         self._waiting: deque[Job] = deque()
         self._left: set[Job] = set()  # jobs that nobody waits for any more
@@ -93,6 +85,16 @@ class Engine:
         """What keys and values take."""
         return self._batch.cache_bytes
 
+    @property
+    def running(self) -> int:
+        """Sequences that are decoded now."""
+        return len(self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
+
     def submit(self, job: Job) -> None:
         """A job joins as soon as a slot is free; it hears a StoppedError where none will be."""
         with self._change:
@@ -100,7 +102,6 @@ class Engine:
                 job.deliver(STOPPED)
                 return
             self._waiting.append(job)
-            self.load.waiting = len(self._waiting)
             self._change.notify()
 
     def leave(self, job: Job) -> None:
@@ -143,7 +144,6 @@ class Engine:
             if self._stopping:
                 return False
             joining = [self._waiting.popleft() for _ in range(min(self._batch.free, len(self._waiting)))]
-            self.load.waiting = len(self._waiting)
         for job in joining:
             try:
                 number = self._batch.add(
@@ -158,7 +158,6 @@ class Engine:
             self.counters.requests += 1
             self.counters.prompt_tokens += len(job.prompt)
             self.counters.reused_tokens += job.reused_tokens
-        self.load.running = len(self._live)
         return True
 
     def _let_leave(self) -> None:
@@ -170,14 +169,12 @@ class Engine:
             del self._live[number]
         self._waiting = deque(job for job in self._waiting if job not in self._left)
         self._left.clear()
-        self.load.running, self.load.waiting = len(self._live), len(self._waiting)
 
     def _deliver(self, event: Event) -> None:
         job = self._live[event.request]
         self.counters.drawn_tokens += event.token is not None
         if event.finish_reason is not None:
             del self._live[event.request]
-            self.load.running = len(self._live)
         job.deliver(event)
 
     def _fail(self, error: BitnetError) -> None:
@@ -186,7 +183,6 @@ class Engine:
             self._batch.remove(number)
             job.deliver(error)
         self._live.clear()
-        self.load.running = 0
 
     def _close(self) -> None:
         """Whoever is in the batch or waits hears that nothing more comes."""
@@ -196,4 +192,3 @@ class Engine:
             for job in self._waiting:
                 job.deliver(STOPPED)
             self._waiting.clear()
-            self.load.waiting = 0

@@ -19,10 +19,10 @@ FAMILIES = (
 
 def exposition(engine: Engine) -> str:
     """All families with their present values. Source: Prometheus, "Exposition formats", text format 0.0.4."""
-    c, load = engine.counters, engine.load
+    c = engine.counters
     values = (
         c.requests, c.prompt_tokens, c.reused_tokens, c.drawn_tokens, c.steps, round(c.busy_seconds, 6),
-        load.running, load.waiting, engine.slots,
+        engine.running, engine.waiting, engine.slots,
     )  # fmt: skip
     lines = []
     for (name, kind, about), value in zip(FAMILIES, values, strict=True):
