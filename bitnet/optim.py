@@ -115,21 +115,27 @@ class AdamW:
             if name not in state or tuple(np.shape(state[name])) != shape:
                 raise KeyError(f"optimizer state: {name} of shape {shape} is missing or has another shape")
         for prefix, flat in (("m", self.m), ("v", self.v)):
-            # NumPy has no bf16: their bits are put together beside the moment.
-            values = flat.numpy() if flat.dtype == "f32" else np.zeros(flat.shape, np.uint16)
-            for name, slot in self._slots.items():
-                given = np.asarray(state[f"{prefix}.{name}"], np.float32).reshape(-1)
-                if flat.dtype == "f32":
-                    values[slot] = given
-                    continue
-                for first in range(0, given.size, PIECE):
-                    piece = given[first : first + PIECE]
-                    window = _core.from_buffer(values[slot][first : first + PIECE], flat.dtype, piece.shape)
-                    with ops.device("cpu"):
-                        window.copy_(ops.convert(ops.tensor(piece), flat.dtype))
-            if flat.dtype != "f32":
-                flat.copy_(_core.from_buffer(values, flat.dtype, flat.shape))
+            given = ((slot, state[f"{prefix}.{name}"]) for name, slot in self._slots.items())
+            if flat.dtype == "f32":
+                values = flat.numpy()
+                for slot, array in given:
+                    values[slot] = np.reshape(array, -1)
+            else:
+                flat.copy_(_in_bf16(flat.shape, given))
         self.steps = int(state["steps"][0])
+
+
+def _in_bf16(shape: tuple[int, ...], given: Iterable[tuple[slice, Any]]) -> Tensor:
+    """Arrays at their places in a bf16 tensor of this shape, zeros elsewhere, on the CPU."""
+    bits = np.zeros(shape, np.uint16)  # NumPy has no bf16
+    for slot, array in given:
+        values, own = np.asarray(array, np.float32).reshape(-1), bits[slot]
+        for first in range(0, values.size, PIECE):
+            piece = values[first : first + PIECE]
+            window = _core.from_buffer(own[first : first + PIECE], "bf16", piece.shape)
+            with ops.device("cpu"):
+                window.copy_(ops.convert(ops.tensor(piece), "bf16"))
+    return _core.from_buffer(bits, "bf16", shape)
 
 
 def warmup_cosine(step: int, total: int, lr: float, min_lr: float, warmup: int) -> float:
