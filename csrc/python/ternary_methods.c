@@ -78,8 +78,7 @@ static bool parse_scales(PyObject *module, PyObject *object, float *one, bn_tern
                      bn_shape_print(scales, &text));
         return false;
     }
-    const bn_backend *device = source->codes == NULL ? bn_cpu_backend() : bn_backend_of(source->codes);
-    if (!bn_lies_on(scales, device, "scales of a ternary weight")) {
+    if (!bn_lies_on(scales, bn_ternary_source_device(source), "scales of a ternary weight")) {
         return false;
     }
     source->scale = bn_f32(scales);

@@ -32,13 +32,12 @@ static bn_status require_fifths(const bn_ternary *t, int64_t rows) {
     return BN_OK;
 }
 
-/* Where the weight is made: beside its codes; bytes of five lie on the host. */
-static const bn_backend *device_of(const bn_ternary_source *source) {
+const bn_backend *bn_ternary_source_device(const bn_ternary_source *source) {
     return source->codes == NULL ? bn_cpu_backend() : bn_backend_of(source->codes);
 }
 
 static bn_status fill(const bn_ternary_source *source, bn_ternary *t) {
-    const bn_backend *backend = device_of(source);
+    const bn_backend *backend = bn_ternary_source_device(source);
     const int64_t scales = source->channel_scales ? source->rows : 1;
     const int64_t groups = bn_ceil_div(source->rows, BN_PANEL_ROWS), tiles = bn_ceil_div(source->cols, BN_QUANT_PAD);
     const int64_t panels[] = {groups * bn_code_panel_bytes(t->form, tiles)}, tally[] = {source->rows, 4};
@@ -62,7 +61,7 @@ bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form,
         BN_TRY(bn_ternary_require_codes(source->codes));
     }
     const int64_t shape[] = {source->rows, source->cols};
-    BN_TRY(bn_tensor_new(device_of(source), BN_PREPARED, 2, shape, out));
+    BN_TRY(bn_tensor_new(bn_ternary_source_device(source), BN_PREPARED, 2, shape, out));
     bn_ternary *t = calloc(1, sizeof *t);
     bn_status status = t == NULL ? bn_fail(BN_ERR_MEMORY, "out of memory for a ternary weight") : BN_OK;
     if (status == BN_OK) {

@@ -43,6 +43,8 @@ typedef struct bn_ternary_source {
     const float *scale; /* one, or with channel_scales one for each row */
     bool channel_scales;
 } bn_ternary_source;
+/* Where the weight is made, and its scales lie: beside its codes; fifths are the host's. */
+const bn_backend *bn_ternary_source_device(const bn_ternary_source *source);
 /* Returns new: a weight of dtype prepared, codes times scale in a dense form (two bits or five codes a byte), for
  * products that need no gradient. BN_ERR_VALUE names a byte that is no code. */
 BN_CHECKED bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code_form form, bn_tensor **out);
@@ -50,7 +52,7 @@ BN_CHECKED bn_status bn_ternary_prepare(const bn_ternary_source *source, bn_code
 BN_CHECKED bn_status bn_ternary_codes(bn_tensor *weight, bn_tensor **out);
 /* Returns new: the scale, f32 (1) or (rows), in host memory. */
 BN_CHECKED bn_status bn_ternary_scales(bn_tensor *weight, bn_tensor **out);
-/* BN_ERR_VALUE names the first of host codes i8 that is none of -1, 0 and 1. */
+/* BN_ERR_VALUE names the first of codes i8 that is none of -1, 0 and 1. */
 BN_CHECKED bn_status bn_ternary_require_codes(const bn_tensor *codes);
 BN_CHECKED bn_status bn_ternary_read_stats(bn_tensor *weight, bn_ternary_stats *out);
 /*
